@@ -1,0 +1,190 @@
+"""Short Python programs: predict what is printed, or (a third) find an input "so that this prints 14".
+
+Levels = lines before the print: 1: 2 · 2: 3 · 3: 3 with `if` · 4: 4 with `for` · 5: 5 with `if` and `for`; programs
+to invert have no `if`. Values stay in 0..99. Programs are operation lists, run by the interpreter below; text is
+never executed. Space: choices of the starting values and of the constants of the lines, a lower bound.
+"""
+
+from __future__ import annotations
+
+import re
+from random import Random
+from typing import Any
+
+from gnomon.tasks.problem import Family, Gold, Problem
+from gnomon.tasks.trace import Check, Recipe, gold
+
+LINES = {1: 2, 2: 3, 3: 3, 4: 4, 5: 5}
+Op = list  # ["set", v, n] | ["let", v, w, sign, n] | ["aug", v, sign, n] | ["if", v, n, sign, m] | ["for", v, k, sign, n]
+_LITERAL = re.compile(r"-?(0|[1-9][0-9]{0,8})")
+
+
+def calc(a: int, sign: str, b: int) -> int:
+    """a sign b for + - *."""
+    return a + b if sign == "+" else a - b if sign == "-" else a * b
+
+
+def show(op: Op) -> str:
+    """One operation as a line of Python."""
+    kind, v = op[0], op[1]
+    if kind == "set":
+        return f"{v} = {op[2]}"
+    if kind == "let":
+        return f"{v} = {op[2]} {op[3]} {op[4]}"
+    if kind == "aug":
+        return f"{v} {op[2]}= {op[3]}"
+    if kind == "if":
+        return f"if {v} > {op[2]}: {v} = {v} {op[3]} {op[4]}"
+    return f"for i in range({op[2]}): {v} {op[3]}= {op[4]}"
+
+
+def run_op(op: Op, env: dict[str, int]) -> list[str]:
+    """Apply one operation to `env`; returns the sums it needs in words ("7 + 5 = 12")."""
+    kind, v, work = op[0], op[1], []
+    if kind == "set":
+        env[v] = op[2]
+        return [f"{v} = {op[2]}"]
+    if kind == "if" and env[v] <= op[2]:
+        return [f"{env[v]} > {op[2]} False"]
+    if kind == "let":
+        env[v] = env[op[2]]
+    times = op[2] if kind == "for" else 1
+    sign, n = op[-2], op[-1]
+    for _ in range(times):
+        before = env[v]
+        env[v] = calc(before, sign, env[n] if isinstance(n, str) else n)
+        work.append(f"{before} {sign} {env[n] if isinstance(n, str) else n} = {env[v]}")
+    return [f"{before} > {op[2]} True", *work] if kind == "if" else work
+
+
+def check_input(problem: Problem, answer_text: str) -> bool:
+    """Whether the answer, a strict decimal integer literal, makes the program of a find-input problem print its target.
+
+    Any other text is False. Nothing is executed: the operation list of `problem.data` is interpreted.
+    """
+    text = answer_text.strip()
+    if not _LITERAL.fullmatch(text):
+        return False
+    env = {"x": int(text)}
+    for op in problem.data["ops"]:
+        run_op(op, env)
+    return env[problem.data["out"][0]] == problem.data["target"]
+
+
+def _line(rng: Random, v: str, kind: str) -> Op:
+    sign, n = rng.choice("++-"), rng.randint(1, 9)
+    if kind == "for":
+        return ["for", v, rng.randint(2, 4), sign, rng.randint(1, 5)]
+    if kind == "if":
+        return ["if", v, rng.randint(3, 15), sign, n]
+    if rng.random() < 0.25:
+        sign, n = "*", rng.randint(2, 3)
+    return ["aug", v, sign, n] if rng.random() < 0.5 else ["let", v, v, sign, n]
+
+
+def _extras(rng: Random, level: int, count: int, find: bool) -> list[str]:
+    kinds = {3: ["if"], 4: ["for"], 5: ["for", "if"]}.get(level, [])
+    kinds = [k for k in kinds if not (find and k == "if")]
+    kinds += ["plain"] * (count - len(kinds))
+    rng.shuffle(kinds)
+    return kinds
+
+
+def _states(ops: list[Op], env: dict[str, int]) -> list[tuple[str, int, list[str]]]:
+    out = []
+    for op in ops:
+        work = run_op(op, env)
+        out.append((op[1], env[op[1]], work))
+    return out
+
+
+def _back(op: Op, before: int, after: int) -> tuple[str, str]:
+    n = op[-1] * op[2] if op[0] == "for" else op[-1]
+    undo = {"+": "-", "-": "+", "*": "/"}[op[-2]]
+    return f"{undo} {n}", f"{before} {op[-2]} {n} = {after}"
+
+
+class _Programs:
+    name = "programs"
+
+    def generate(self, rng: Random, level: int) -> Problem:
+        """Draw a program until every value on the way is in 0..99."""
+        find = rng.random() < 1 / 3
+        while True:
+            problem = self._find(rng, level) if find else self._predict(rng, level)
+            if problem is not None:
+                return problem
+
+    def _predict(self, rng: Random, level: int) -> Problem | None:
+        kinds = _extras(rng, level, LINES[level] - 2, False)
+        ops: list[Op] = [["set", "x", rng.randint(0, 20)], ["set", "y", rng.randint(0, 20)]]
+        ops += [_line(rng, rng.choice("xy"), kind) for kind in kinds]
+        sign = rng.choice("++-")
+        env: dict[str, int] = {}
+        values = [value for _, value, _ in _states(ops, env)] + [calc(env["x"], sign, env["y"])]
+        if not all(0 <= v <= 99 for v in values):
+            return None
+        body = "\n".join([*map(show, ops), f"print(x {sign} y)"])
+        data = {"kind": "predict", "ops": ops, "out": ["x", sign, "y"]}
+        return Problem(self.name, level, f"What does this print?\n{body}", str(values[-1]), "integer", data)
+
+    def _find(self, rng: Random, level: int) -> Problem | None:
+        start, kinds = rng.randint(0, 20), _extras(rng, level, LINES[level], True)
+        ops = [_line(rng, "x", kind) for kind in kinds]
+        states = _states(ops, {"x": start})
+        if not all(0 <= value <= 99 for _, value, _ in states):
+            return None
+        target = states[-1][1]
+        body = "\n".join([*map(show, ops), "print(x)"])
+        data = {"kind": "find", "ops": ops, "out": ["x"], "target": target, "start": start}
+        return Problem(self.name, level, f"Find x so that this prints {target}.\n{body}", str(start),
+                       "program_input", data)  # fmt: skip
+
+    def gold(self, problem: Problem, strategy: str, rng: Random) -> Gold:
+        """predict: the state after every line; find: the state before every line, from the last."""
+        recipe = _recipe_predict(problem, rng) if problem.data["kind"] == "predict" else _recipe_find(problem, rng)
+        return gold(problem, strategy, rng, recipe)
+
+    def space(self, level: int) -> int:
+        """Starting values and the constants of the lines: a lower bound."""
+        return {1: 600, 2: 4000, 3: 8000, 4: 40000, 5: 400000}[level]
+
+
+def _near(value: int, rng: Random) -> int:
+    return value + rng.choice([d for d in (-2, -1, 1, 2, 10) if value + d >= 0])
+
+
+def _recipe_predict(problem: Problem, rng: Random) -> Recipe:
+    env: dict[str, int] = {}
+    ops, sign = problem.data["ops"], problem.data["out"][1]
+    states = _states(ops, env)
+    final = f"{env['x']} {sign} {env['y']} = {problem.answer}"
+    steps = [f"{v} = {value}" for v, value, _ in states] + [problem.answer]
+    groups = [[" ".join(work) for v, _, work in states if v == name] for name in "xy"]
+    checks = []
+    for op, (v, value, work) in zip(ops, states, strict=True):
+        bad = "" if op[0] == "set" else f"{v} = {_near(value, rng)}"
+        checks.append(Check(f"{v} = {value}", ", ".join(work), bad, "wrong sum"))
+    checks.append(Check(problem.answer, final, str(_near(int(problem.answer), rng)), "wrong sum"))
+    return Recipe(steps, "x and y", groups, [final], checks)
+
+
+def _recipe_find(problem: Problem, rng: Random) -> Recipe:
+    ops, start = problem.data["ops"], problem.data["start"]
+    values = [start] + [value for _, value, _ in _states(ops, {"x": start})]
+    steps, sums, undos, checks = [], [], [], []
+    for op, before, after in reversed(list(zip(ops, values, values[1:], strict=False))):
+        undo, forward = _back(op, before, after)
+        steps.append(f"x = {before}")
+        sums.append(f"{after} {undo} = {before}")
+        undos.append([undo])
+        checks.append(Check(f"{after} {undo} = {before}", forward, f"{after} {undo} = {_near(before, rng)}", "wrong sum"))
+    return Recipe(steps, "undo each line", undos, sums, checks)
+
+
+def describe(problem: Problem) -> dict[str, Any]:
+    """Kind and operation list of a problem, for displays and tests."""
+    return {"kind": problem.data["kind"], "ops": [list(op) for op in problem.data["ops"]]}
+
+
+FAMILY: Family = _Programs()
