@@ -84,22 +84,24 @@ def _pair(tree: Tree) -> str:
     return f"{_show(plain, top=True)} is {_word(_value(plain))}"
 
 
-def _slip(before: Tree, rng: Random) -> tuple[str, str]:
-    """The next round with one bracket wrong, and that bracket evaluated rightly."""
-    pairs = _innermost(before)
-    bad = rng.randrange(len(pairs))
-    seen = [-1]
+def _check(before: Tree, after: Tree, rng: Random) -> Check:
+    """One round of `verify`: every innermost bracket by itself; the monitor writes the expression anew."""
+    texts = [_pair(p) for p in _innermost(before)]
+    if not texts:
+        return Check(f"{_show(before)} is {_show(after)}", _show(after))
+    bad = rng.randrange(len(texts))
+    left, _, value = texts[bad].rpartition(" ")
+    slipped = f"{left} {'False' if value == 'True' else 'True'}"
+    wrong = ", ".join(slipped if i == bad else t for i, t in enumerate(texts))
+    return Check(", ".join(texts), _show(after, top=True), wrong, f"not {slipped.rpartition(' ')[2]}", texts[bad])
 
-    def walk(tree: Tree) -> Tree:
-        if tree[0] == "leaf":
-            return tree
-        if all(child[0] == "leaf" for child in tree[2:]):
-            seen[0] += 1
-            good = _value(tree) != tree[1]
-            return ["leaf", tree[1], good != (seen[0] == bad)]
-        return [tree[0], tree[1], *(walk(child) for child in tree[2:])]
 
-    return _show(walk(before), top=True), _pair(pairs[bad])
+def _sides(tree: Tree) -> list[Tree]:
+    """The two sides; a row of three or four terms is cut after the second."""
+    if len(tree) == 4:
+        return list(tree[2:])
+    rest = tree[4] if len(tree) == 5 else [tree[0], False, *tree[4:]]
+    return [[tree[0], False, tree[2], tree[3]], rest]
 
 
 class _Boolean:
@@ -121,12 +123,11 @@ class _Boolean:
         tree = problem.data["tree"]
         rounds = _rounds(tree)
         steps = [_show(t, top=True) for t in rounds[1:]]
-        sides = [[_show(t, top=True) for t in _rounds(child)] for child in tree[2:]]
+        sides = [[_show(t, top=True) for t in _rounds(child)] for child in _sides(tree)]
         final = f" {tree[0]} ".join(side[-1] for side in sides) + f" is {problem.answer}"
         checks = []
         for before, after in zip(rounds, rounds[1:], strict=False):
-            wrong, why = _slip(before, rng) if before[0] != "leaf" else ("", "")
-            checks.append(Check(_show(after, top=True), ", ".join(_pair(p) for p in _innermost(before)), wrong, why))
+            checks.append(_check(before, after, rng))
         return gold(problem, strategy, rng, Recipe(steps, "each side", sides, [final], checks))
 
     def space(self, level: int) -> int:

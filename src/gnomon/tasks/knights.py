@@ -125,12 +125,15 @@ class _Knights:
                 groups.append([f"{s[0]} {'same' if s[3] else 'not'} {s[2]}"])
             else:
                 groups.append([f"{s[0]} if {s[2]} {_kind(s[3])} {s[1]} {s[4]} {_kind(s[5])}"])
-        checks = []
+        checks, known = [], set()
         for person, value, s in found:
-            truth = "true" if holds(s, types) else "false"
-            why = f"then {s[0]} {'tells the truth' if types[s[0]] else 'lies'}"
-            checks.append(Check(f"{person} {_kind(value)}", f"{s[0]}: {claim(s)}, {truth}",
-                                f"{person} {_kind(not value)}", why))  # fmt: skip
+            known.add(person)
+            start, flipped = f"{s[0]}: {claim(s)}, {person}", {**types, person: not value}
+            ok, bad = (f"{'true' if holds(s, t) else 'false'} {_kind(t[s[0]])}" for t in (types, flipped))
+            if s[0] not in known:
+                ok, bad = "either way", "no way"
+            checks.append(Check(f"{start} {_kind(value)}", ok, f"{start} {_kind(not value)}",
+                                f"not {_kind(not value)}", bad))  # fmt: skip
         merge = [f"{p} {_kind(v)}" for p, v, _ in found]
         recipe = Recipe(merge, "each statement", groups, [", ".join(merge)], checks)
         return gold(problem, strategy, rng, recipe)

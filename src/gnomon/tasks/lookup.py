@@ -44,13 +44,13 @@ class _Lookup:
         while path[-1] in table:
             path.append(table[path[-1]])
         steps = [f"{a} = {b}" for a, b in zip(path, path[1:], strict=False)]
-        roots = [[f"{a} = {b}"] for a, b in table.items() if b.isdigit()]
+        roots = [", ".join(f"{a} = {b}" for a, b in table.items() if b.isdigit())]
         others = [b for b in table.values() if b not in path]
         checks = []
         for a, b in zip(path, path[1:], strict=False):
             wrong = rng.choice(others) if others else ""
             checks.append(Check(f"{a} = {b}", f"{a} = {b}", f"{a} = {wrong}" if wrong else "", f"{wrong} is not {a}"))
-        recipe = Recipe(steps, "chain, values", [steps[:-1], *roots], [f"{path[0]} = {path[-2]} = {path[-1]}"], checks)
+        recipe = Recipe(steps, "values", [steps[:-1], roots], [f"{path[0]} = {path[-1]}"], checks)
         return gold(problem, strategy, rng, recipe)
 
     def space(self, level: int) -> int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from random import Random
-from typing import Any
 
 from gnomon.tasks.problem import Family, Gold, Problem
 from gnomon.tasks.trace import Check, Recipe, gold
 
 LINES = {1: 2, 2: 3, 3: 3, 4: 4, 5: 5}
 Op = list  # ["set", v, n] | ["let", v, w, sign, n] | ["aug", v, sign, n] | ["if", v, n, sign, m] | ["for", v, k, sign, n]
+UNDO = {"+": "-", "-": "+", "*": "/"}
 _LITERAL = re.compile(r"-?(0|[1-9][0-9]{0,8})")
 
 
@@ -98,12 +98,6 @@ def _states(ops: list[Op], env: dict[str, int]) -> list[tuple[str, int, list[str
     return out
 
 
-def _back(op: Op, before: int, after: int) -> tuple[str, str]:
-    n = op[-1] * op[2] if op[0] == "for" else op[-1]
-    undo = {"+": "-", "-": "+", "*": "/"}[op[-2]]
-    return f"{undo} {n}", f"{before} {op[-2]} {n} = {after}"
-
-
 class _Programs:
     name = "programs"
 
@@ -150,8 +144,24 @@ class _Programs:
         return {1: 600, 2: 4000, 3: 8000, 4: 40000, 5: 400000}[level]
 
 
-def _near(value: int, rng: Random) -> int:
-    return value + rng.choice([d for d in (-2, -1, 1, 2, 10) if value + d >= 0])
+def _slip(before: int, sign: str, n: int, rng: Random) -> int:
+    """A wrong but plausible result; of a product one that can be divided again."""
+    right = calc(before, sign, n)
+    return rng.choice([w for w in ((right - n, right + n) if sign == "*" else (right - 1, right + 1, right + 10)) if w >= 0])
+
+
+def _sum_check(head: str, work: list[str], times: int, rng: Random) -> Check:
+    """A step of sums, checked by taking the whole change back: "13 + 8 = 21" by "21 - 8 = 13"."""
+    first, last = work[-times].split(), work[-1].split()
+    before, sign, n, after = int(last[0]), last[1], int(last[2]), int(last[4])
+    wrong = _slip(before, sign, n, rng)
+    start, change = int(first[0]), n * times
+    text = f"{head} {', '.join(work)}".strip()
+
+    def back(value: int) -> str:
+        return f"{value} {UNDO[sign]} {change} = {value // n if sign == '*' else calc(value, UNDO[sign], change)}"
+
+    return Check(text, back(after), text[: text.rindex(" ")] + f" {wrong}", f"not {start}", back(wrong))
 
 
 def _recipe_predict(problem: Problem, rng: Random) -> Recipe:
@@ -160,13 +170,14 @@ def _recipe_predict(problem: Problem, rng: Random) -> Recipe:
     states = _states(ops, env)
     final = f"{env['x']} {sign} {env['y']} = {problem.answer}"
     steps = [f"{v} = {value}" for v, value, _ in states] + [problem.answer]
-    groups = [[" ".join(work) for v, _, work in states if v == name] for name in "xy"]
+    groups = [[", ".join(work) for v, _, work in states if v == name] for name in "xy"]
     checks = []
     for op, (v, value, work) in zip(ops, states, strict=True):
-        bad = "" if op[0] == "set" else f"{v} = {_near(value, rng)}"
-        checks.append(Check(f"{v} = {value}", ", ".join(work), bad, "wrong sum"))
-    checks.append(Check(problem.answer, final, str(_near(int(problem.answer), rng)), "wrong sum"))
-    return Recipe(steps, "x and y", groups, [final], checks)
+        if op[0] == "set" or work[-1].endswith("False"):
+            checks.append(Check(work[0], "") if op[0] == "set" else Check(f"{v} {work[0]}", f"{v} = {value}"))
+        else:
+            checks.append(_sum_check(v, work, op[2] if op[0] == "for" else 1, rng))
+    return Recipe(steps, "x and y", groups, [final], [*checks, _sum_check("", [final], 1, rng)])
 
 
 def _recipe_find(problem: Problem, rng: Random) -> Recipe:
@@ -174,17 +185,14 @@ def _recipe_find(problem: Problem, rng: Random) -> Recipe:
     values = [start] + [value for _, value, _ in _states(ops, {"x": start})]
     steps, sums, undos, checks = [], [], [], []
     for op, before, after in reversed(list(zip(ops, values, values[1:], strict=False))):
-        undo, forward = _back(op, before, after)
+        sign, n = op[-2], op[-1] * (op[2] if op[0] == "for" else 1)
+        text, wrong = f"{after} {UNDO[sign]} {n} =", before + rng.choice([d for d in (-1, 1, 10) if before + d >= 0])
         steps.append(f"x = {before}")
-        sums.append(f"{after} {undo} = {before}")
-        undos.append([undo])
-        checks.append(Check(f"{after} {undo} = {before}", forward, f"{after} {undo} = {_near(before, rng)}", "wrong sum"))
+        sums.append(f"{text} {before}")
+        undos.append([f"{UNDO[sign]} {n}"])
+        checks.append(Check(f"{text} {before}", f"{before} {sign} {n} = {after}", f"{text} {wrong}", f"not {after}",
+                            f"{wrong} {sign} {n} = {calc(wrong, sign, n)}"))  # fmt: skip
     return Recipe(steps, "undo each line", undos, sums, checks)
-
-
-def describe(problem: Problem) -> dict[str, Any]:
-    """Kind and operation list of a problem, for displays and tests."""
-    return {"kind": problem.data["kind"], "ops": [list(op) for op in problem.data["ops"]]}
 
 
 FAMILY: Family = _Programs()

@@ -16,12 +16,16 @@ SLIP_RATE = 0.25
 
 @dataclass(frozen=True)
 class Check:
-    """One verified step: its text, what the monitor re-computes, and a plausible wrong version ("" = cannot slip)."""
+    """One verified step: its text, what the monitor re-computes, and a plausible wrong version ("" = cannot slip).
+
+    fail: what the monitor finds at the wrong version ("" = `check`). why: the diagnosis.
+    """
 
     text: str
     check: str
     wrong: str = ""
     why: str = ""
+    fail: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def verified(checks: Sequence[Check], rng: Random) -> list[Node]:
     nodes: list[Node] = []
     for i, c in enumerate(checks):
         if i == slip:
-            nodes += [Node("S", c.wrong, slip=True), Node("M", f"fail {c.check}".strip()), Node("D", c.why)]
+            nodes += [Node("S", c.wrong, slip=True), Node("M", f"fail {c.fail or c.check}".strip()), Node("D", c.why)]
         nodes += [Node("S", c.text), Node("M", f"ok {c.check}".strip())]
     return nodes
 
