@@ -22,6 +22,7 @@ from gnomon.tasks.splits import check_split, split_of
 from gnomon.tasks.verifiers import Verdict, squeeze
 
 MAX_ATTEMPTS: Final = 300
+MAX_FAILURES: Final = 30
 MAX_SCORED_CHARS: Final = 1000
 LEAKING: Final[dict[str, str]] = {
     "game_of_life_halting": "any text scores 1.0",
@@ -34,8 +35,16 @@ LEAKING: Final[dict[str, str]] = {
 }
 # Scorers that evaluate the answer text as Python or through sympy: equality with the gold only.
 EXECUTING: Final = frozenset(
-    "binary_matrix intermediate_integration n_queens polynomial_multiplication puzzle24 simple_integration "
-    "spiral_matrix string_insertion".split()
+    {
+        "binary_matrix",
+        "intermediate_integration",
+        "n_queens",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    }
 )
 # An evaluating scorer may see texts that can only be plain arithmetic.
 _SAFE_TEXT: Final = {"countdown": re.compile(r"(?!.*(?:\*\s*\*|/\s*/))[0-9+\-*/() ]{1,120}")}
@@ -46,7 +55,7 @@ def _package() -> Any:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ConfigError("gym: tasks need reasoning-gym, which is not installed: pip install 'gnomon[gym]'")
     with contextlib.redirect_stdout(io.StringIO()):
-        import reasoning_gym.factory as factory
+        from reasoning_gym import factory
     return factory
 
 
@@ -75,6 +84,21 @@ def _item(name: str, level: int, seed: int) -> tuple[Any, dict[str, Any]]:
         ) from error
 
 
+@functools.cache
+def _levels(name: str) -> tuple[int, ...]:
+    """The curriculum levels (1 = the easiest) whose configuration is valid; (1,) for a dataset without curriculum."""
+    factory = _package()
+    if name not in factory.CURRICULA:
+        return (1,)
+    highest = max((len(a.levels) for a in factory.CURRICULA[name]().attributes.values()), default=1)
+    found = []
+    for level in range(1, min(5, highest) + 1):
+        with contextlib.suppress(AssertionError, ValueError):
+            _config(name, level, 1).validate()
+            found.append(level)
+    return tuple(found)
+
+
 def names() -> list[str]:
     """All registered dataset names but the composite."""
     return sorted(n for n in _package().DATASETS if n != "composite")
@@ -95,6 +119,8 @@ class GymSource:
         known = names()
         if self.dataset not in known:
             raise unknown("reasoning-gym dataset", self.dataset, known)
+        if not self.levels:
+            raise ConfigError(f"reasoning-gym's own levels of {self.dataset!r} are all invalid; choose another dataset")
         if self.dataset in LEAKING and not self.allow_leaky:
             raise ConfigError(
                 f"gym:{self.dataset} leaks reward ({LEAKING[self.dataset]}), so a score on it means nothing; "
@@ -107,7 +133,7 @@ class GymSource:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        return (1, 2, 3, 4, 5) if self.dataset in _package().CURRICULA else (1,)
+        return _levels(self.dataset)
 
     def capacity(self, level: int, split: str) -> int | None:
         """Not known: reasoning-gym does not state how many distinct items a dataset has."""
@@ -118,9 +144,16 @@ class GymSource:
         check_split(split)
         if level not in self.levels:
             raise ConfigError(f"{self.name} has levels {self.levels}; {level} was asked")
+        failures = 0
         for attempt in range(MAX_ATTEMPTS):
             seed = seeds.derive("gym", self.dataset, level, stream, split, index, attempt) % 2**32
-            _, entry = _item(self.dataset, level, seed)
+            try:
+                _, entry = _item(self.dataset, level, seed)
+            except DataError:  # some generators give up on some seeds (countdown, jugs)
+                failures += 1
+                if failures >= MAX_FAILURES:
+                    raise
+                continue
             answer = entry["answer"]
             if answer is None:
                 raise DataError(f"{self.name} has no gold answer to verify against; choose another dataset")
@@ -137,7 +170,7 @@ def _score(dataset: Any, text: str, entry: dict[str, Any]) -> float:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return float(dataset.score_answer(text, entry))
-    except Exception:  # a scorer that raises on model text (prime_factorization does) gives no credit
+    except Exception:  # noqa: BLE001 - a scorer that raises on model text (prime_factorization does) gives no credit
         return 0.0
 
 
