@@ -1,0 +1,201 @@
+"""The calibration card: a versioned JSON file beside the weights, validated at load, applied exactly once.
+
+A card turns what the heads say into what is promised: a probability (temperature), a plan (threshold in cost order)
+and a budget (conformal clip), inside the domain that it was fitted on (decisions.md §4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gnomon.base.errors import CheckpointError
+
+VERSION: Final = 1
+FILE_NAME: Final = "calibration.json"
+Floats = NDArray[np.float64]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Temperatures(_Frozen):
+    """Divisors of the confidence logits, one for each place where confidence is read."""
+
+    before: float = Field(gt=0.0)
+    after: float = Field(gt=0.0)
+
+
+class BudgetClip(_Frozen):
+    """Additive offsets in log1p(tokens) on the predicted budget.
+
+    tested_offset: covers `tested_level` of correct solutions; operating_offset: what decoding uses, the cheapest
+    `level` that loses at most the allowed accuracy on the calibration split.
+    """
+
+    tested_level: float = Field(default=0.90, gt=0.0, lt=1.0)
+    tested_offset: float
+    level: float = Field(gt=0.0, le=1.0)
+    operating_offset: float
+    n: int = Field(ge=1)
+
+
+class Domain(_Frozen):
+    """Mahalanobis distance of g at the think tag to the nearest centre, and the distance still called familiar.
+
+    centres [M, P], precision [P, P] (shared), threshold.
+    """
+
+    centres: tuple[tuple[float, ...], ...]
+    precision: tuple[tuple[float, ...], ...]
+    threshold: float = Field(gt=0.0)
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Domain:
+        dim = len(self.precision)
+        if not self.centres or any(len(row) != dim for row in (*self.precision, *self.centres)):
+            raise ValueError("domain centres and precision disagree about the size of g")
+        return self
+
+    def distance(self, g: Floats) -> Floats:
+        """g [N, P] -> distance [N] to the nearest centre."""
+        centres, precision = np.asarray(self.centres), np.asarray(self.precision)
+        gap = g[:, None, :].astype(np.float64) - centres[None]
+        square = np.einsum("nmp,pq,nmq->nm", gap, precision, gap, optimize=True)
+        return np.asarray(np.sqrt(np.maximum(square, 0.0).min(1)))
+
+
+class Quality(_Frozen):
+    """What the card reached on its own calibration data; n rows."""
+
+    n: int = Field(ge=1)
+    ece: float
+    brier: float
+    auroc: float | None
+
+
+class Fitted(_Frozen):
+    """The data that the card was fitted on."""
+
+    dataset: str
+    stream: str
+    n: int = Field(ge=1)
+    before: Quality
+    after: Quality
+
+
+class Card(_Frozen):
+    """One calibration. `weights` is the fingerprint of the heads; `digest` guards the file against edits."""
+
+    kind: Literal["gnomon.calibration"] = "gnomon.calibration"
+    version: int = VERSION
+    weights: str
+    plans: tuple[str, ...] = Field(min_length=1)
+    cost_order: tuple[str, ...]
+    plan_threshold: float = Field(gt=0.0, le=1.0)
+    temperature: Temperatures
+    budget_clip: BudgetClip
+    domain: Domain | None = None
+    fitted_plans: tuple[str, ...] = Field(min_length=1)
+    best_plan: dict[str, str] = Field(default_factory=dict)
+    fitted: Fitted
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Card:
+        if self.version != VERSION:
+            raise ValueError(f"version {self.version} is not {VERSION}; run `gnomon calibrate` again")
+        if sorted(self.cost_order) != sorted(self.plans):
+            raise ValueError(f"cost_order {self.cost_order} is not a permutation of plans {self.plans}")
+        foreign = [p for p in (*self.fitted_plans, *self.best_plan.values()) if p not in self.plans]
+        if foreign:
+            raise ValueError(f"plans {foreign} are not among {self.plans}")
+        return self
+
+    def digest(self) -> str:
+        """Hash of the contents in canonical form."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the card as JSON (with its digest) to a file; a folder gets the usual file name."""
+        path = path / FILE_NAME if path.is_dir() else path
+        body = {**self.model_dump(mode="json"), "digest": self.digest()}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, weights: str | None = None) -> Card:
+        """Read and validate a card; `weights` is the fingerprint of the heads that it must belong to.
+
+        Raises CheckpointError when the file is missing, damaged, edited or fitted on other weights.
+        """
+        path = path / FILE_NAME if path.is_dir() else path
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            stored = body.pop("digest", None)
+            card = cls.model_validate(body)
+        except FileNotFoundError:
+            raise CheckpointError(f"no calibration card at {path}; make one with `gnomon calibrate`") from None
+        except (json.JSONDecodeError, AttributeError, ValidationError) as err:
+            raise CheckpointError(f"the calibration card {path} cannot be used: {err}") from err
+        if stored != card.digest():
+            raise CheckpointError(f"the calibration card {path} was changed after fitting; run `gnomon calibrate`")
+        if weights is not None and card.weights != weights:
+            raise CheckpointError(
+                f"the calibration card {path} was fitted on heads {card.weights[:12]}, but these heads are "
+                f"{weights[:12]}; run `gnomon calibrate`"
+            )
+        return card
+
+    # ---- application: the only place where the card's numbers meet the heads' outputs ----
+
+    def confidence(self, raw: Floats, place: Literal["before", "after"]) -> Floats:
+        """Raw logits [N] -> probabilities [N]; the temperature of that place, applied once."""
+        return sigmoid(np.asarray(raw, dtype=np.float64) / getattr(self.temperature, place))
+
+    def choose_plan(self, probs: Floats) -> NDArray[np.int64]:
+        """Plan probabilities [N, K] (order of `plans`) -> index [N] of the first in cost order reaching the threshold."""
+        return first_reaching(probs, [self.plans.index(p) for p in self.cost_order], self.plan_threshold)
+
+    def clip_budget(self, raw: Floats, which: Literal["operating", "tested"] = "operating") -> NDArray[np.int64]:
+        """Predicted log1p(tokens) [N] -> tokens [N] that cover the stated share of correct solutions."""
+        clip = self.budget_clip
+        return clip_tokens(raw, clip.operating_offset if which == "operating" else clip.tested_offset)
+
+    def covers(self, plan: str, *, predicted_plan: str | None = None, capped_below: bool = False) -> bool:
+        """Whether a request is at the point that the card was fitted for.
+
+        predicted_plan: what the card would have chosen, when a user chose instead; capped_below: the effective
+        budget is not the clipped prediction.
+        """
+        if predicted_plan is not None and predicted_plan != plan:
+            return False
+        return plan in self.fitted_plans and not capped_below
+
+
+def sigmoid(x: Floats) -> Floats:
+    """Numerically safe logistic function."""
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * x)))
+
+
+def first_reaching(probs: Floats, order: Sequence[int], threshold: float) -> NDArray[np.int64]:
+    """probs [N, K] -> [N] the first index in `order` whose cumulative probability reaches the threshold."""
+    cumulative = np.cumsum(probs[:, list(order)], axis=1)
+    cumulative[:, -1] = np.inf  # rounding must not leave a row without a plan
+    return np.asarray(order, dtype=np.int64)[(cumulative >= threshold - 1e-12).argmax(1)]
+
+
+def clip_tokens(raw: Floats, offset: float) -> NDArray[np.int64]:
+    """log1p(tokens) [N] plus an offset -> whole tokens [N], rounded up, never negative."""
+    tokens = np.expm1(np.minimum(np.asarray(raw, dtype=np.float64) + offset, math.log1p(1e7)))
+    return np.maximum(np.ceil(tokens - 1e-9), 0).astype(np.int64)

@@ -1,0 +1,187 @@
+"""Heads + card -> decisions. The engine calls `plan`, `budget` and `after`; nothing else interprets the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gnomon.base.errors import ModelError, unknown
+from gnomon.metacognition.calibration import Card, Floats, clip_tokens
+from gnomon.metacognition.config import END, PROMPT, THINK_SITE
+from gnomon.metacognition.heads import MetacogHeads, MetacogOutput
+
+
+@dataclass(frozen=True)
+class PlanDecision:
+    """plan: the chosen strategy; probs: strategy -> probability that it is the cheapest solver."""
+
+    plan: str
+    probs: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BudgetDecision:
+    """predicted: expected think tokens, before clipping; clipped: whole tokens, never negative.
+
+    confidence: probability of a right answer, None when unknown; calibrated: the card holds for this prompt and plan.
+    raw: the confidence logit (for fitting only); distance: of g from the card's domain, None without one.
+    """
+
+    predicted: float
+    clipped: int
+    confidence: float | None
+    calibrated: bool
+    raw: float
+    distance: float | None = None
+
+
+@dataclass(frozen=True)
+class AfterDecision:
+    """confidence after thinking, None when unknown; raw: its logit."""
+
+    confidence: float | None
+    calibrated: bool
+    raw: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Everything known before thinking starts, for one prompt (`ask --no-decode`).
+
+    sampling: decoding policy; None = identity, the sampler's own settings.
+    """
+
+    plan: str
+    plan_probs: dict[str, float]
+    budget_predicted: float
+    budget_clipped: int
+    confidence: float | None
+    calibrated: bool
+    sampling: None = None
+
+
+class Decider:
+    """Implements the engine's metacognition protocol; batched, without gradients, deterministic.
+
+    Without a card plans are the most probable ones, budgets are not clipped upwards, confidence is unknown.
+    """
+
+    def __init__(self, heads: MetacogHeads, card: Card | None = None) -> None:
+        if card is not None and card.plans != heads.config.plans:
+            raise ModelError(f"the card knows the plans {card.plans}, the heads know {heads.config.plans}")
+        self.heads = heads.eval()
+        self.card = card
+        self.plans = heads.config.plans
+
+    def plan(self, taps: Tensor) -> list[PlanDecision]:
+        """taps [B, L, C] at the last prompt token -> one PlanDecision per row."""
+        out = self._read(taps, PROMPT)
+        probs = _numpy(out.plan_logits.softmax(-1))
+        chosen = probs.argmax(1) if self.card is None else self.card.choose_plan(probs)
+        return [
+            PlanDecision(self.plans[int(k)], dict(zip(self.plans, map(float, row), strict=True)))
+            for k, row in zip(chosen, probs, strict=True)
+        ]
+
+    def budget(
+        self, taps: Tensor, plans: Sequence[str], predicted_plans: Sequence[str] | None = None
+    ) -> list[BudgetDecision]:
+        """taps [B, L, C] at the think tag under `plans` -> one BudgetDecision per row.
+
+        predicted_plans: what `plan` had chosen, where a user chose otherwise (then confidence is unknown).
+        """
+        self._check(plans, taps)
+        wished = list(predicted_plans) if predicted_plans is not None else list(plans)
+        out = self._read(taps, THINK_SITE)
+        raw, logits = _numpy(out.budget_raw), _numpy(out.conf_raw)
+        predicted = np.maximum(np.expm1(np.minimum(raw, 16.0)), 0.0)
+        if self.card is None:
+            clipped = clip_tokens(raw, 0.0)
+            return [
+                BudgetDecision(float(p), int(c), None, False, float(r))
+                for p, c, r in zip(predicted, clipped, logits, strict=True)
+            ]
+        clipped = self.card.clip_budget(raw)
+        probs = self.card.confidence(logits, "before")
+        distance = self.distance(out)
+        rows = []
+        for i, plan in enumerate(plans):
+            far = distance is not None and bool(distance[i] > self._threshold())
+            known = not far and self.card.covers(plan, predicted_plan=wished[i])
+            rows.append(
+                BudgetDecision(
+                    predicted=float(predicted[i]),
+                    clipped=int(clipped[i]),
+                    confidence=float(probs[i]) if known else None,
+                    calibrated=known,
+                    raw=float(logits[i]),
+                    distance=None if distance is None else float(distance[i]),
+                )
+            )
+        return rows
+
+    def after(
+        self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: Sequence[bool] | None = None
+    ) -> list[AfterDecision]:
+        """taps [B, L, C] at the end tag, think tokens used -> confidence after thinking, one per row.
+
+        calibrated: the rows' flags from `budget`, lowered by the caller where the effective budget was not the
+        clipped prediction; by default only the plan is judged.
+        """
+        self._check(plans, taps)
+        out = self._read(taps, END, torch.tensor(list(used), dtype=torch.float32))
+        logits = _numpy(out.conf_raw)
+        if self.card is None:
+            return [AfterDecision(None, False, float(r)) for r in logits]
+        probs = self.card.confidence(logits, "after")
+        flags = [True] * len(plans) if calibrated is None else list(calibrated)
+        known = [bool(f) and self.card.covers(p) for f, p in zip(flags, plans, strict=True)]
+        return [
+            AfterDecision(float(p) if k else None, k, float(r)) for p, k, r in zip(probs, known, logits, strict=True)
+        ]
+
+    def distance(self, out: MetacogOutput) -> Floats | None:
+        """Distance [B] of g from the card's domain; None when the card has none."""
+        if self.card is None or self.card.domain is None:
+            return None
+        return self.card.domain.distance(_numpy(out.g))
+
+    def _threshold(self) -> float:
+        assert self.card is not None and self.card.domain is not None
+        return self.card.domain.threshold
+
+    @torch.no_grad()
+    def _read(self, taps: Tensor, site: int, used: Tensor | None = None) -> MetacogOutput:
+        device = self.heads.layer_index.device
+        n = taps.shape[0]
+        tokens = torch.zeros(n) if used is None else used
+        where = torch.full((n,), site, dtype=torch.int64, device=device)
+        out = self.heads(taps.to(device), where, tokens.to(device))
+        assert isinstance(out, MetacogOutput)
+        return out
+
+    def _check(self, plans: Sequence[str], taps: Tensor) -> None:
+        for name in plans:
+            if name not in self.plans:
+                raise unknown("plan", name, self.plans)
+        assert len(plans) == taps.shape[0], "one plan per row"
+
+
+def combine(plan: PlanDecision, budget: BudgetDecision) -> Decision:
+    """The two readings of one prompt as one Decision."""
+    return Decision(
+        plan=plan.plan,
+        plan_probs=plan.probs,
+        budget_predicted=budget.predicted,
+        budget_clipped=budget.clipped,
+        confidence=budget.confidence,
+        calibrated=budget.calibrated,
+    )
+
+
+def _numpy(x: Tensor) -> Floats:
+    return x.detach().double().cpu().numpy()
