@@ -143,7 +143,8 @@ def problems(
 ) -> list[Problem]:
     """`n` problems: tasks in turn with equal weight, levels uniform within a task; a longer list extends a shorter.
 
-    Raises ConfigError when a (task, level) cell is asked for more problems than its split has distinct texts.
+    Raises ConfigError when a task is asked for more problems than its split has distinct texts in these levels. A
+    small level may repeat items before that (a stream draws with replacement); `evaluate` reports `unique_n`.
     """
     check_split(split)
     if n < 1:
@@ -161,11 +162,13 @@ def problems(
         index = wanted.get((who, level), 0)
         wanted[who, level] = index + 1
         cells.append((sources[who], level, index))
-    for (who, level), count in wanted.items():
-        room = sources[who].capacity(level, split)
-        if room is not None and count > room:
+    for who, source in enumerate(sources):
+        count = sum(c for (w, _), c in wanted.items() if w == who)
+        rooms = [source.capacity(level, split) for level in offered[who]]
+        if None not in rooms and count > sum(r or 0 for r in rooms):
+            each = ", ".join(f"level {x}: {r}" for x, r in zip(offered[who], rooms, strict=True))
             raise ConfigError(
-                f"task {sources[who].name!r} level {level} has {room} distinct {split} problems, but n = {n} asks "
-                f"for {count} of them; use a smaller n, other levels, or more tasks"
+                f"task {source.name!r} has {sum(r or 0 for r in rooms)} distinct {split} problems ({each}), but n = {n} "
+                f"asks for {count} of them; use a smaller n, other levels, or more tasks"
             )
     return [source.draw(level, split, stream, index) for source, level, index in cells]
