@@ -1,0 +1,206 @@
+"""gnomon's own decoder-only LM: pre-norm blocks on n residual streams (mHC), RoPE, QK-norm, squared ReLU.
+
+Legend: B rows, T positions, n streams, C channels, V vocabulary, L blocks. Tensors in, tensors out; no strings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gnomon.base.errors import unknown
+from gnomon.model.attention import Attention, rms_norm, rope_table
+from gnomon.model.cache import DecoderCache
+from gnomon.model.hyper import HyperConnection, gauges
+
+
+class DecoderConfig(BaseModel):
+    """Shape of the decoder. streams=1 builds the plain residual net without hyper parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vocab_size: int = Field(ge=8)
+    channels: int = 192
+    layers: int = 4
+    heads: int = 4
+    ffn: int = 4
+    context: int = 512
+    streams: int = Field(default=4, ge=1)
+    projection: Literal["exact", "sinkhorn"] = "exact"
+    sinkhorn_iterations: int = 20
+    rope_base: float = 10_000.0
+
+
+# Sizes: micro ~1 M, nano 2-5 M, small ~30 M, base ~120 M parameters with their usual vocabularies.
+PRESETS: dict[str, dict[str, int]] = {
+    "micro": {"channels": 128, "layers": 4, "heads": 4, "context": 512},
+    "nano": {"channels": 192, "layers": 6, "heads": 6, "context": 512},
+    "small": {"channels": 512, "layers": 8, "heads": 8, "context": 1024},
+    "base": {"channels": 768, "layers": 12, "heads": 12, "context": 2048},
+}
+
+
+def preset(name: str, vocab_size: int, **changes: object) -> DecoderConfig:
+    """The named preset for a vocabulary, with any field changed."""
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return DecoderConfig.model_validate({"vocab_size": vocab_size, **PRESETS[name], **changes})
+
+
+@dataclass
+class DecoderOutput:
+    """logits float32 [B, T', V] or None; states: per block the mean stream [B, T, C] when asked for."""
+
+    logits: Tensor | None
+    hidden: Tensor
+    states: list[Tensor]
+
+
+class FeedForward(nn.Module):
+    """Squared-ReLU MLP; the output projection starts at zero."""
+
+    def __init__(self, channels: int, factor: int):
+        super().__init__()
+        self.up = nn.Linear(channels, factor * channels, bias=False)
+        self.out = nn.Linear(factor * channels, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP, each its own mHC sublayer (or plain residual adds with one stream)."""
+
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        self.attention = Attention(config.channels, config.heads)
+        self.mlp = FeedForward(config.channels, config.ffn)
+        self.streams = config.streams
+        if config.streams > 1:
+            options = (config.projection, config.sinkhorn_iterations)
+            self.hyper = nn.ModuleList(
+                HyperConnection(config.streams, config.channels, 2 * index + part, *options) for part in range(2)
+            )
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: DecoderCache | None, index: int) -> Tensor:
+        """x [B, T, C] (one stream) or [B, T, n, C] -> the same shape."""
+        layer = cache.layer(index) if cache is not None else None
+        if self.streams == 1:
+            x = x + self.attention(rms_norm(x), table, mask, layer)
+            return x + self.mlp(rms_norm(x))
+        batch, length = x.shape[:2]
+        flat = x.flatten(0, 1)
+        first, second = self.hyper
+        y, post, comb = first.read(flat)
+        z = self.attention(rms_norm(y).unflatten(0, (batch, length)), table, mask, layer)
+        flat = first.write(flat, z.flatten(0, 1), post, comb)
+        y, post, comb = second.read(flat)
+        flat = second.write(flat, self.mlp(rms_norm(y)), post, comb)
+        return flat.unflatten(0, (batch, length))
+
+
+class Decoder(nn.Module):
+    """The whole network. Initialisation is drawn from torch's global generator (seed it by name first)."""
+
+    rope: Tensor
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.channels)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.unembed = nn.Linear(config.channels, config.vocab_size, bias=False)
+        table = rope_table(config.context, config.channels // config.heads, config.rope_base)
+        self.register_buffer("rope", table, persistent=False)
+        self.checkpointing = False
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Zero output projections; uniform elsewhere with standard deviation 1/sqrt(C); small unembedding."""
+        width = self.config.channels
+        nn.init.normal_(self.embed.weight, std=1.0)
+        nn.init.normal_(self.unembed.weight, std=0.02)
+        bound = (3.0 / width) ** 0.5
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.uniform_(block.attention.qkv.weight, -bound, bound)
+            nn.init.uniform_(block.mlp.up.weight, -bound, bound)
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.mlp.out.weight)
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: DecoderCache | None = None,
+        *,
+        want_states: bool = False,
+        logits: Literal["all", "last", "none"] = "all",
+    ) -> DecoderOutput:
+        """ids int64 [B, T]; positions int64 [B, T] (default 0..T-1); mask bool [B, 1, T, S] or None = causal."""
+        length = ids.shape[1]
+        table = self.rope[None, :length] if positions is None else self.rope[positions]
+        x = rms_norm(self.embed(ids))
+        if self.config.streams > 1:
+            x = x.unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
+        states = []
+        for index, block in enumerate(self.blocks):
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, table, mask, cache, index, use_reentrant=False)
+            else:
+                x = block(x, table, mask, cache, index)
+            if want_states:
+                states.append(self.collapse(x))
+        if cache is not None:
+            cache.advance(length)
+        hidden = rms_norm(self.collapse(x))
+        if logits == "none":
+            return DecoderOutput(None, hidden, states)
+        seen = hidden[:, -1:] if logits == "last" else hidden
+        return DecoderOutput(self.unembed(seen).float(), hidden, states)
+
+    def collapse(self, x: Tensor) -> Tensor:
+        """Streams -> one vector per position (their mean; algorithms.md §1.1)."""
+        return x.mean(-2) if self.config.streams > 1 else x
+
+    def new_cache(self, batch: int, capacity: int) -> DecoderCache:
+        c = self.config
+        return DecoderCache(c.layers, batch, c.heads, capacity, c.channels // c.heads, self.unembed.weight)
+
+    @torch.no_grad()
+    def health(self, ids: Tensor) -> list[dict[str, float]]:
+        """mHC gauges per sublayer on a batch of ids [B, T]; empty for a plain net."""
+        readings: list[dict[str, float]] = []
+
+        def record(module: nn.Module, args: tuple[Tensor, ...], result: tuple[Tensor, Tensor, Tensor]) -> None:
+            readings.append(gauges(result[2], args[0]))
+
+        if self.config.streams == 1:
+            return readings
+        hypers = [m for m in self.modules() if isinstance(m, HyperConnection)]
+        originals = [h.read for h in hypers]
+        try:
+            for h in hypers:
+                h.read = _recording(h, record)  # type: ignore[method-assign]
+            self(ids, logits="none")
+        finally:
+            for h, original in zip(hypers, originals, strict=True):
+                h.read = original  # type: ignore[method-assign]
+        return readings
+
+
+def _recording(hyper: HyperConnection, record):  # type: ignore[no-untyped-def]
+    def read(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        result = HyperConnection.read(hyper, x)
+        record(hyper, (x,), result)
+        return result
+
+    return read
