@@ -137,7 +137,8 @@ class _Belief:
             checks.append(Check(f"{' '.join(e.witnesses)}: {now or 'none'}".strip(), f"{e.value} {who}".strip(),
                                 f"{' '.join(e.witnesses)}: {wrong}" if wrong and wrong != now else "",
                                 f"{'all saw' if s else 'not all saw'} {e.value}"))  # fmt: skip
-        return gold(problem, strategy, rng, Recipe(steps, "places, who saw", groups, [f"{last} {problem.answer}"], checks))
+        recipe = Recipe(steps, "places, who saw", groups, [f"{last} {problem.answer}"], checks)
+        return gold(problem, strategy, rng, recipe)
 
     def space(self, level: int) -> int:
         """Names, object and first containers in order, times the agents who act first: a lower bound."""

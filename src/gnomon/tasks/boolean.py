@@ -1,7 +1,7 @@
 """Boolean expressions: "Evaluate: ( True and not False ) or False"
 
 Levels: 1: one operator over 2–4 terms · 2–5: binary trees of depth 2, 3, 3 (4–8 leaves), 4 (5–10 leaves), fully
-bracketed. `not` stands before a term or a bracket. Space: counted exactly for levels 1 and 2, a bound above.
+bracketed. `not` stands before a term or a bracket. Space: exact for levels 1–3, a bound above.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ class _Boolean:
         return gold(problem, strategy, rng, Recipe(steps, "each side", sides, [final], checks))
 
     def space(self, level: int) -> int:
-        """Exact for levels 1 and 2; above, the level 2 texts nested once more."""
-        return {1: 2 * (16 + 64 + 256), 2: 2 * (64 * 64 + 2 * 64 * 4), 3: 10**6, 4: 10**7, 5: 10**9}[level]
+        """Exact for levels 1–3, a lower bound above."""
+        return {1: 2 * (16 + 64 + 256), 2: 2 * (64 * 64 + 2 * 64 * 4), 3: 819_200, 4: 10**7, 5: 10**9}[level]
 
 
 FAMILY: Family = _Boolean()

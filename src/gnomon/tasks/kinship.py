@@ -66,6 +66,9 @@ def _chains(level: int) -> list[list[Rel]]:
     good = []
     for combo in product(kinds, repeat=COUNT[level]):
         rels, half = list(combo), (COUNT[level] + 1) // 2
+        vertical = [rel for rel in rels if rel != (1, 1)]
+        if ((1, 0), (0, 1)) in zip(vertical, vertical[1:], strict=False):  # two parents of one child
+            continue
         whole, right = fold(rels), fold(rels[half:])
         if whole and right and compose(whole[half - 1], right[-1]) == whole[-1]:
             good.append(rels)

@@ -1,8 +1,8 @@
 """Knights tell the truth, knaves lie: "Ann: I and Bob are knaves. Bob: Ann is a knave. Who is what: Ann, Bob?"
 
 Levels: 1: 2 people, an opening "I and/or Bob ... knave" · 2: 2 people, also "the same"/"different" · 3: 3 people ·
-4: 3 people with one "and"/"or" statement about two others · 5: 4 people, one such. Statements are shuffled from level
-3 on. Every puzzle is solved by deductions from one statement at a time, and brute force finds one solution only.
+4: 3 people with one "and"/"or" statement about two others · 5: 4 people, one such. Statements are shuffled.
+Every puzzle is solved by deductions from one statement at a time, and brute force finds one solution only.
 Space: distinct puzzles with the 12 names, counted low (levels 1 and 2 by enumeration of their forms).
 """
 
@@ -101,10 +101,7 @@ class _Knights:
             statements = _draw(rng, level, people)
             if len(deduce(statements)) == len(people) and len(solutions(people, statements)) == 1:
                 break
-        if level >= 3:
-            rng.shuffle(statements)
-        else:
-            statements.sort(key=lambda s: people.index(s[0]))
+        rng.shuffle(statements)
         types = solutions(people, statements)[0]
         text = " ".join(f"{s[0]}: {claim(s)}." for s in statements)
         prompt = f"Knights tell the truth, knaves lie. {text} Who is what: {', '.join(people)}?"
@@ -113,7 +110,7 @@ class _Knights:
 
     def gold(self, problem: Problem, strategy: str, rng: Random) -> Gold:
         """steps: one person per deduction; decompose: each statement's content alone; verify: with the statement."""
-        people, statements = problem.data["people"], [list(s) for s in problem.data["statements"]]
+        statements = [list(s) for s in problem.data["statements"]]
         found = deduce(statements)
         types = {person: value for person, value, _ in found}
         groups = []
@@ -139,8 +136,8 @@ class _Knights:
         return gold(problem, strategy, rng, recipe)
 
     def space(self, level: int) -> int:
-        """Ordered names times a low count of the statements."""
-        return perm(12, PEOPLE[level]) * {1: 4, 2: 8, 3: 40, 4: 40, 5: 200}[level]
+        """Ordered names times the statements and their orders: exact for levels 1 and 2, low above."""
+        return perm(12, PEOPLE[level]) * {1: 8, 2: 24, 3: 100, 4: 100, 5: 200}[level]
 
 
 FAMILY: Family = _Knights()

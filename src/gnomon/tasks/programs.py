@@ -1,8 +1,8 @@
 """Short Python programs: predict what is printed, or (a third) find an input "so that this prints 14".
 
 Levels = lines before the print: 1: 2 · 2: 3 · 3: 3 with `if` · 4: 4 with `for` · 5: 5 with `if` and `for`; programs
-to invert have no `if`. Values stay in 0..99. Programs are operation lists, run by the interpreter below; text is
-never executed. Space: choices of the starting values and of the constants of the lines, a lower bound.
+to invert have no `if`. Values stay in 0..99. Programs are operation lists (`oplist.py`); text is never
+executed. Space: a lower bound, see `space`.
 """
 
 from __future__ import annotations
@@ -10,51 +10,12 @@ from __future__ import annotations
 import re
 from random import Random
 
+from gnomon.tasks.oplist import UNDO, Op, calc, run_op, show
 from gnomon.tasks.problem import Family, Gold, Problem
 from gnomon.tasks.trace import Check, Recipe, gold
 
 LINES = {1: 2, 2: 3, 3: 3, 4: 4, 5: 5}
-Op = list  # ["set", v, n] | ["let", v, w, sign, n] | ["aug", v, sign, n] | ["if", v, n, sign, m] | ["for", v, k, sign, n]
-UNDO = {"+": "-", "-": "+", "*": "/"}
 _LITERAL = re.compile(r"-?(0|[1-9][0-9]{0,8})")
-
-
-def calc(a: int, sign: str, b: int) -> int:
-    """a sign b for + - *."""
-    return a + b if sign == "+" else a - b if sign == "-" else a * b
-
-
-def show(op: Op) -> str:
-    """One operation as a line of Python."""
-    kind, v = op[0], op[1]
-    if kind == "set":
-        return f"{v} = {op[2]}"
-    if kind == "let":
-        return f"{v} = {op[2]} {op[3]} {op[4]}"
-    if kind == "aug":
-        return f"{v} {op[2]}= {op[3]}"
-    if kind == "if":
-        return f"if {v} > {op[2]}: {v} = {v} {op[3]} {op[4]}"
-    return f"for i in range({op[2]}): {v} {op[3]}= {op[4]}"
-
-
-def run_op(op: Op, env: dict[str, int]) -> list[str]:
-    """Apply one operation to `env`; returns the sums it needs in words ("7 + 5 = 12")."""
-    kind, v, work = op[0], op[1], []
-    if kind == "set":
-        env[v] = op[2]
-        return [f"{v} = {op[2]}"]
-    if kind == "if" and env[v] <= op[2]:
-        return [f"{env[v]} > {op[2]} False"]
-    if kind == "let":
-        env[v] = env[op[2]]
-    times = op[2] if kind == "for" else 1
-    sign, n = op[-2], op[-1]
-    for _ in range(times):
-        before = env[v]
-        env[v] = calc(before, sign, env[n] if isinstance(n, str) else n)
-        work.append(f"{before} {sign} {env[n] if isinstance(n, str) else n} = {env[v]}")
-    return [f"{before} > {op[2]} True", *work] if kind == "if" else work
 
 
 def check_input(problem: Problem, answer_text: str) -> bool:
@@ -140,14 +101,15 @@ class _Programs:
         return gold(problem, strategy, rng, recipe)
 
     def space(self, level: int) -> int:
-        """Starting values and the constants of the lines: a lower bound."""
-        return {1: 600, 2: 4000, 3: 8000, 4: 40000, 5: 400000}[level]
+        """Find-input texts whose lines only add, times starting values: a lower bound."""
+        return {1: 7000, 2: 100_000, 3: 100_000, 4: 10**6, 5: 10**7}[level]
 
 
 def _slip(before: int, sign: str, n: int, rng: Random) -> int:
     """A wrong but plausible result; of a product one that can be divided again."""
     right = calc(before, sign, n)
-    return rng.choice([w for w in ((right - n, right + n) if sign == "*" else (right - 1, right + 1, right + 10)) if w >= 0])
+    near = (right - n, right + n) if sign == "*" else (right - 1, right + 1, right + 10)
+    return rng.choice([value for value in near if value >= 0])
 
 
 def _sum_check(head: str, work: list[str], times: int, rng: Random) -> Check:
