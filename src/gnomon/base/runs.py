@@ -1,0 +1,185 @@
+"""Run folders: `runs/<name>-<utc>/` with resolved config, provenance, metrics, events, status and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from gnomon.base.atomic import write_atomic
+from gnomon.base.config import dump_yaml
+from gnomon.base.errors import ConfigError, nearest
+from gnomon.base.telemetry import JsonlSink, JsonlWriter, Telemetry, finite
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
+_PACKAGES: Final = ("gnomon", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "numpy", "pydantic")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers, without importing them."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit(folder: Path) -> str | None:
+    """`<sha>` or `<sha>+changes` of the repository that holds `folder`; None outside a repository or without git."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+
+    def ask(*args: str) -> str | None:
+        try:
+            done = subprocess.run([git, "-C", str(folder), *args], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    sha = ask("rev-parse", "HEAD")
+    if not sha:
+        return None
+    return sha + ("+changes" if ask("status", "--porcelain", "--untracked-files=no") else "")
+
+
+class Run:
+    """An open run folder. As a context manager it ends with a state: done, stopped (Ctrl-C) or failed (with why).
+
+    metrics: rows `{"step", "time", "tokens", …}` with slash names. events: a Telemetry onto events.jsonl.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for sub in ("samples", "plots", "checkpoints"):
+            (folder / sub).mkdir(parents=True, exist_ok=True)
+        self.metrics = JsonlWriter(folder / "metrics.jsonl")
+        self.events = Telemetry(JsonlSink(folder / "events.jsonl"))
+        self._status: dict[str, Any] = {"started": time.time(), "pid": os.getpid()}
+        self.status("running")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def row(self, step: int, **values: Any) -> None:
+        """One metrics row; keyword names may carry slashes: `run.row(5, **{"train/loss": 0.3})`."""
+        self.metrics.write({"step": step, "time": time.time(), **values})
+
+    def status(self, state: str, **facts: Any) -> None:
+        """Replace status.json; `facts` (stage, step, total, …) stay until overwritten."""
+        self._status.update(facts, state=state, updated=time.time())
+        self.write_json("status.json", self._status)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> Path:
+        """Write a JSON file into the run folder, whole or not at all."""
+        path = self.folder / name
+        write_atomic(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        return path
+
+    def close(self) -> None:
+        """Flush metrics and events."""
+        self.metrics.close()
+        self.events.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is None:
+            self.status("done")
+        elif issubclass(kind, (KeyboardInterrupt, SystemExit)):
+            self.status("stopped")
+        else:
+            self.status("failed", error=f"{kind.__name__}: {str(error)[:500]}")
+        self.close()
+
+
+def create_run(
+    name: str,
+    config: BaseModel,
+    root: Path = Path("runs"),
+    origins: Mapping[str, str] | None = None,
+    seed: int | str | None = None,
+    data: Mapping[str, str] | None = None,
+    command: Sequence[str] | None = None,
+) -> Run:
+    """Make `root/<name>-<utc>/` with resolved.yaml and provenance.json, and open it.
+
+    origins: dotted key -> where a non-default value came from (`config.resolve`). data: file -> fingerprint.
+    Raises ConfigError for a name that is no plain file name.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"run name {name!r} must be letters, digits, '.', '_' or '-', starting with one of the first two")
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"{name}-{stamp}"
+    number = 2
+    while True:
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            folder = root / f"{name}-{stamp}-{number}"
+            number += 1
+    write_atomic(folder / "resolved.yaml", dump_yaml(config))
+    run = Run(folder)
+    run.write_json(
+        "provenance.json",
+        {
+            "origins": dict(origins or {}),
+            "command": list(sys.argv if command is None else command),
+            "versions": versions(),
+            "commit": git_commit(Path(__file__).parent),
+            "seed": seed,
+            "data": dict(data or {}),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "created": stamp,
+        },
+    )
+    return run
+
+
+def copy_provenance(run: Path, checkpoint: Path) -> None:
+    """Copy resolved.yaml and provenance.json of a run into a checkpoint folder that is being written."""
+    for name in ("resolved.yaml", "provenance.json"):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, checkpoint / name)
+
+
+def find_run(name: str, root: Path = Path("runs")) -> Path:
+    """The folder of a run: a path, a full name, or a prefix (the newest one wins; `latest` = the newest of all).
+
+    Raises ConfigError with the nearest name.
+    """
+    if (Path(name) / "status.json").is_file() or (Path(name) / "resolved.yaml").is_file():
+        return Path(name)
+    folders = sorted((p for p in root.glob("*") if (p / "status.json").is_file()), key=lambda p: p.stat().st_mtime)
+    chosen = folders if name == "latest" else [p for p in folders if p.name == name or p.name.startswith(name + "-")]
+    if chosen:
+        return chosen[-1]
+    names = [p.name for p in folders]
+    hint = nearest(name, names)
+    there = ", ".join(names[-8:]) or "none"
+    raise ConfigError(
+        f"no run {name!r} under {str(root)!r}" + (f"; did you mean {hint!r}?" if hint else "") + f" Runs there: {there}."
+    )
