@@ -25,7 +25,7 @@ class Tokenizer:
     """Text <-> ids. `encode` and `decode` are inverse on text without control ids."""
 
     def __init__(self, model: bytes):
-        self._model = model
+        self.model = model
         self._sp = spm.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._sp.get_piece_size()
         self.pad, self.bos, self.eos = self._id(tags.PAD), self._id(tags.BOS), self._id(tags.EOS)
@@ -65,7 +65,7 @@ class Tokenizer:
         return str(self._sp.id_to_piece(int(ident)))
 
     def save(self, folder: str | Path) -> None:
-        (Path(folder) / MODEL_FILE).write_bytes(self._model)
+        (Path(folder) / MODEL_FILE).write_bytes(self.model)
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:

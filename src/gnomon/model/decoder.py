@@ -40,7 +40,7 @@ class DecoderConfig(BaseModel):
 # Sizes: micro ~1 M, nano 2-5 M, small ~30 M, base ~120 M parameters with their usual vocabularies.
 PRESETS: dict[str, dict[str, int]] = {
     "micro": {"channels": 128, "layers": 4, "heads": 4, "context": 512},
-    "nano": {"channels": 192, "layers": 6, "heads": 6, "context": 512},
+    "nano": {"channels": 160, "layers": 6, "heads": 5, "context": 512},
     "small": {"channels": 512, "layers": 8, "heads": 8, "context": 1024},
     "base": {"channels": 768, "layers": 12, "heads": 12, "context": 2048},
 }

@@ -1,0 +1,169 @@
+"""Pretrain our own LM on the built-in mixture: records on disk, packed rows, Muon + AdamW (issue row R1)."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from gnomon.base import seeds
+from gnomon.data import tokenizer as tokenizers
+from gnomon.data.corpus import Bins, write_bin
+from gnomon.data.encode import Encoded, encode_record
+from gnomon.data.tokenizer import Tokenizer
+from gnomon.model.decoder import Decoder
+from gnomon.tasks.demonstrations import with_demonstrations
+from gnomon.tasks.mixture import Mixture
+from gnomon.tasks.procedural import REGISTRY, draw
+from gnomon.tasks.rules import with_examples
+from gnomon.training import optim
+from gnomon.training.loop import fit
+from gnomon.training.optim import OptimConfig
+
+
+class CorpusConfig(BaseModel):
+    """What a corpus shows. Shares are of all records; `cut` of the records with thinking (decisions.md §1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    records: int = Field(default=100_000, ge=1)
+    stream: str = "pretrain"
+    split: str = "train"
+    tasks: tuple[str, ...] = tuple(REGISTRY)
+    levels: tuple[int, ...] = (1, 2, 3, 4, 5)
+    cut: float = Field(default=0.2, ge=0, le=1)
+    demonstrations: float = Field(default=0.12, ge=0, le=1)
+    max_tokens: int = 256
+    all_levels_at: float = 0.35
+
+
+def record(tok: Tokenizer, mixture: Mixture, config: CorpusConfig, index: int) -> Encoded:
+    """Record `index` of the corpus: a pure function of its arguments."""
+    item = mixture.item(index, min(1.0, index / config.records))
+    problem = item.problem
+    rng = seeds.rng("corpus", config.stream, config.split, index)
+    cut = rng.random() if item.gold.nodes and rng.random() < config.cut else None
+    shown = rng.randint(1, 3) if rng.random() < config.demonstrations else 0
+    if problem.task == "rules":
+        problem = with_examples(problem, 3 if problem.level <= 2 else rng.choice((2, 3, 3)))
+    elif shown:
+        level = rng.randint(1, problem.level)
+        others = [
+            draw(problem.task, level, config.split, f"{config.stream}/examples/{k}", index) for k in range(shown)
+        ]
+        problem = with_demonstrations(problem, others)
+    encoded = encode_record(tok, problem.prompt, item.strategy, item.gold.nodes, item.gold.answer, cut)
+    if len(encoded.ids) > config.max_tokens:
+        encoded = encode_record(tok, item.problem.prompt, item.strategy, item.gold.nodes, item.gold.answer, cut)
+    return encoded
+
+
+def mixture_of(config: CorpusConfig) -> Mixture:
+    return Mixture(
+        tasks=dict.fromkeys(config.tasks, 1.0),
+        levels=config.levels,
+        stream=config.stream,
+        split=config.split,
+        all_levels_at=config.all_levels_at,
+    )
+
+
+def train_tokenizer(config: CorpusConfig, vocab_size: int = 1024, samples: int = 20_000) -> Tokenizer:
+    """A tokenizer from the text segments of the corpus."""
+    mixture = mixture_of(config)
+
+    def texts() -> Iterator[str]:
+        for index in range(samples):
+            item = mixture.item(index)
+            yield from (f" {t}" for t in (item.problem.prompt, item.gold.answer, *(n.text for n in item.gold.nodes)) if t)
+
+    return tokenizers.train(texts(), vocab_size)
+
+
+def _chunk(model: bytes, config: CorpusConfig, start: int, end: int) -> list[Encoded]:
+    tok, mixture = Tokenizer(model), mixture_of(config)
+    return [record(tok, mixture, config, i) for i in range(start, end)]
+
+
+def prepare(
+    folder: Path, tok: Tokenizer, config: CorpusConfig, workers: int = 2, progress: Callable[[int], object] | None = None
+) -> int:
+    """Write the corpus to `folder` as packed bins; records longer than `max_tokens` are dropped. Returns the count."""
+    size = 2_000
+    spans = [(s, min(s + size, config.records)) for s in range(0, config.records, size)]
+
+    def chunks() -> Iterator[Encoded]:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            jobs = [pool.submit(_chunk, tok.model, config, a, b) for a, b in spans]
+            for job, (_, end) in zip(jobs, spans, strict=True):
+                yield from (r for r in job.result() if len(r.ids) <= config.max_tokens)
+                if progress:
+                    progress(end)
+
+    return write_bin(folder, config.split, chunks(), {"config": config.model_dump()})
+
+
+class PretrainConfig(BaseModel):
+    """A pretraining run over packed bins. One step = `rows` rows of `row_length` tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(default=2000, ge=1)
+    rows: int = Field(default=8, ge=1)
+    row_length: int = Field(default=256, ge=32)
+    precision: str = "bf16"
+    compile: bool = False
+    seed: str = "pretrain"
+    optim: OptimConfig = OptimConfig()
+
+
+def loss_of(model: Callable[..., Any], bins: Bins, rows: list[list[int]], config: PretrainConfig) -> tuple[Tensor, int]:
+    """Mean cross-entropy of the trained targets of packed rows, and the number of real tokens."""
+    batch = bins.batch(rows, config.row_length)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        logits = model(batch.ids, batch.positions, batch.mask).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
+    return loss, batch.tokens
+
+
+def pretrain(
+    model: Decoder,
+    bins: Bins,
+    config: PretrainConfig,
+    *,
+    optimizers: list[torch.optim.Optimizer] | None = None,
+    start: int = 0,
+    on_step: Callable[[int, dict[str, Any]], bool | None] | None = None,
+) -> dict[str, Any]:
+    """Train `model` on `bins` from step `start`; the rows of a step depend on the step number alone."""
+    plan = bins.plan(config.row_length)
+    optimizers = optimizers or optim.build(model, config.optim)
+    network = torch.compile(model) if config.compile else model
+    per_epoch = len(plan) // config.rows
+
+    def step_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        epoch, at = divmod(step, max(per_epoch, 1))
+        order = list(range(per_epoch))
+        if epoch:
+            seeds.rng(config.seed, "epoch", epoch).shuffle(order)
+        first = order[at] * config.rows
+        loss, tokens = loss_of(network, bins, plan[first : first + config.rows], config)
+        return loss, {"tokens": float(tokens)}
+
+    return fit(
+        step_loss,
+        optimizers,
+        config.steps,
+        schedule=lambda f: optim.schedule(config.optim, f),
+        clip=config.optim.clip,
+        start=start,
+        on_step=on_step,
+    )
