@@ -1,8 +1,8 @@
 """calendar: weekdays and dates in a year without a 29 February; the file is not named calendar, like the stdlib's.
 
 Levels: 1 a weekday 1–13 days from (or before) today, given that of a day at most two away · 2 the same, given
-yesterday, today or tomorrow, 14–60 days · 3 the date 1–28 days after a date · 4 the weekday of a date one or two months on · 5 the same,
-three to eleven months on, in one year.
+yesterday, today or tomorrow, 14–60 days · 3 the date 1–28 days after a date · 4 the weekday of a date one or two
+months on · 5 the same, three to eleven months on, in one year.
 Space: exactly 7·5·2·13 = 910 · 7·3·2·47 = 1,974 · 365·28 = 10,220; above, at least 7·28·28 per pair of months.
 """
 
@@ -14,8 +14,7 @@ from gnomon.tasks.golds import Parts, Slip, Step, make_gold
 from gnomon.tasks.problem import Family, Gold, Problem
 
 DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October")
-MONTHS += ("November", "December")
+MONTHS = tuple("January February March April May June July August September October November December".split())
 LENGTH = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 ANCHOR = {0: "Today is", 1: "Tomorrow is", -1: "Yesterday was", 2: "In 2 days it is", -2: "2 days ago it was"}
 GAP = {4: (1, 2), 5: (3, 11)}  # level -> months between the two dates

@@ -68,7 +68,8 @@ class Strings:
     def generate(self, rng: Random, level: int) -> Problem:
         """Uniform letters and operations; an operation never undoes the one before it."""
         n, fewest, most = SHAPE[level]
-        letters, names = rng.sample(ascii_lowercase, n), []
+        letters = rng.sample(ascii_lowercase, n)
+        names: list[str] = []
         for _ in range(rng.randint(fewest, most)):
             allowed = [name for name in OPERATIONS if not names or UNDO.get(names[-1]) != name]
             names.append(rng.choice(allowed))

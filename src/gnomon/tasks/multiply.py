@@ -64,7 +64,7 @@ class Multiply:
         return Problem(self.name, level, f"Multiply {x} by {y}.", str(a * b), "integer", {"a": a, "b": b})
 
     def gold(self, problem: Problem, strategy: str, rng: Random) -> Gold:
-        """steps: a row per digit, then columns · decompose: partial products by place · verify: products, then carries."""
+        """steps: a row per digit, then columns · decompose: products by place · verify: products, carries."""
         a, b = int(problem.data["a"]), int(problem.data["b"])
         checked = [_row(a, d) for d in _digits(b)]
         if b >= 10:
