@@ -1,0 +1,245 @@
+"""fit_heads(): train the metacognitive heads on cached states, in seconds on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from gnomon.base.errors import DataError
+from gnomon.base.seeds import fraction, seed_torch, torch_generator
+from gnomon.metacognition.config import END, PROMPT, THINK_SITE, MetacogConfig
+from gnomon.metacognition.heads import MetacogHeads, MetacogOutput, telemetry
+from gnomon.training import objectives
+from gnomon.training.labels import HeadData, LabelSet
+from gnomon.training.loop import fit
+from gnomon.training.objectives import LossWeights
+
+Rows = Tensor | NDArray[np.int64]
+
+
+class HeadsConfig(BaseModel):
+    """How the heads are trained.
+
+    batch: rows per site and step; inner_val: share of problems (by hash of their id) held out for early stopping;
+    patience: evaluations without improvement before stopping.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    proj_dim: int = Field(default=64, ge=2)
+    width: int = Field(default=128, ge=2)
+    aggregator: str = "attention"
+    layers: tuple[int, ...] | None = None
+    experts_per_layer: int = Field(default=1, ge=1)
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    steps: int = Field(default=800, ge=1)
+    batch: int = Field(default=128, ge=2)
+    lr: float = Field(default=2e-3, gt=0.0)
+    weight_decay: float = Field(default=0.02, ge=0.0)
+    warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
+    inner_val: float = Field(default=0.15, gt=0.0, lt=0.9)
+    eval_every: int = Field(default=40, ge=1)
+    patience: int = Field(default=6, ge=1)
+    plan_smoothing: float = Field(default=0.05, ge=0.0, lt=1.0)
+    weights: LossWeights = LossWeights()
+
+    def metacog(self, n_layers: int, hidden_size: int, plans: tuple[str, ...]) -> MetacogConfig:
+        """The shape of the heads for a backbone with these taps."""
+        shared = self.model_dump(include={"proj_dim", "width", "aggregator", "layers", "experts_per_layer", "dropout"})
+        return MetacogConfig(n_layers=n_layers, hidden_size=hidden_size, plans=plans, **shared)
+
+
+class _Set:
+    """The arrays of one part of the label set as tensors on one device."""
+
+    def __init__(self, data: HeadData, problems: NDArray[np.bool_], device: str) -> None:
+        def take(x: NDArray[Any], rows: NDArray[np.bool_]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(x[rows])).to(device)
+
+        plans = problems & (data.plan >= 0)
+        think, end = problems[data.think_row], problems[data.end_row]
+        self.prompt, self.plan = take(data.prompt_taps, plans), take(data.plan, plans)
+        self.think, self.share = take(data.think_taps, think), take(data.share, think)
+        self.budget, self.censored = take(data.budget, think), take(data.censored, think)
+        self.end, self.used, self.correct = take(data.end_taps, end), take(data.used, end), take(data.correct, end)
+
+    def sizes(self) -> tuple[int, int, int]:
+        return len(self.plan), len(self.share), len(self.correct)
+
+
+def _parts(
+    heads: MetacogHeads, data: _Set, p: Tensor, t: Tensor, e: Tensor, smoothing: float = 0.0
+) -> tuple[dict[str, Tensor], MetacogOutput]:
+    """Losses on rows p of the prompt states, t of the think states, e of the end states; one forward pass."""
+    n = (len(p), len(t), len(e))
+    taps = torch.cat([data.prompt[p], data.think[t], data.end[e]])
+    site = torch.cat(
+        [torch.full((k,), s, device=taps.device) for k, s in zip(n, (PROMPT, THINK_SITE, END), strict=True)]
+    )
+    used = torch.cat([torch.zeros(n[0] + n[1], device=taps.device), data.used[e]])
+    out: MetacogOutput = heads(taps, site, used, per_layer=True)
+    a, b = n[0], n[0] + n[1]
+    plan_pl, budget_pl, conf_pl = (out.per_layer[k] for k in ("plan_logits_pl", "budget_raw_pl", "conf_raw_pl"))
+    need, cut, share, right = data.budget[t], data.censored[t], data.share[t], data.correct[e]
+    parts = {
+        "plan": objectives.plan_ce(out.plan_logits[:a], data.plan[p], smoothing),
+        "budget": objectives.budget_error(out.budget_raw[a:b], need, cut),
+        "budget_quantile": objectives.budget_pinball(out.budget_raw[a:b], need, 0.5, cut),
+        "conf_before": objectives.confidence_bce(out.conf_raw[a:b], share),
+        "conf_after": objectives.confidence_bce(out.conf_raw[b:], right),
+        "conf_rank": objectives.confidence_rank(out.conf_raw[a:b], share)
+        + objectives.confidence_rank(out.conf_raw[b:], right),
+        "layer_plan": objectives.plan_ce(plan_pl[:a], data.plan[p], smoothing),
+        "layer_budget": objectives.budget_error(budget_pl[a:b], need, cut),
+        "layer_conf": objectives.confidence_bce(conf_pl[a:b], share) + objectives.confidence_bce(conf_pl[b:], right),
+        "layer_budget_var": objectives.layer_variance(budget_pl[a:b]),
+    }
+    return parts, out
+
+
+def fit_heads(
+    labels: LabelSet, config: HeadsConfig | None = None, seed: int = 0, *, device: str = "cpu", on_step: Any = None
+) -> tuple[MetacogHeads, dict[str, Any]]:
+    """Train heads on a label set; the best state on the inner validation problems is kept.
+
+    on_step(step, row) sees every row of the loop (for progress and metrics). Returns (heads in eval mode on the CPU,
+    report {train, val, steps, best_step, seconds, curve, telemetry, labels}). Raises DataError with too few problems.
+    """
+    config = config or HeadsConfig()
+    data = labels.arrays()
+    held = np.array([fraction("heads-inner-val", p.id) < config.inner_val for p in labels.problems])
+    if not held.any() or held.all() or not (data.plan[~held] >= 0).any():
+        raise DataError(
+            f"{len(labels.problems)} problems ({int((data.plan >= 0).sum())} solved by some strategy) are too few to "
+            "train heads on; label more problems or easier ones"
+        )
+    train, val = _Set(data, ~held, device), _Set(data, held, device)
+    seed_torch("heads", seed)
+    shape = config.metacog(data.prompt_taps.shape[1], data.prompt_taps.shape[2], labels.strategies)
+    heads = MetacogHeads(shape).to(device)
+    _initialise(heads, train)
+    best: dict[str, Any] = {"score": math.inf, "state": copy.deepcopy(heads.state_dict()), "step": 0, "stale": 0}
+    curve: list[dict[str, float]] = []
+    draw = torch_generator("heads-batches", seed)
+
+    def step_loss(_: int) -> tuple[Tensor, dict[str, float]]:
+        rows = [torch.randint(n, (config.batch,), generator=draw).to(device) for n in train.sizes()]
+        parts, _out = _parts(heads, train, rows[0], rows[1], rows[2], config.plan_smoothing)
+        return objectives.weighted(parts, config.weights)
+
+    def watch(step: int, row: dict[str, Any]) -> bool:
+        if on_step is not None and on_step(step, row):
+            return True
+        if step % config.eval_every and step != config.steps:
+            return False
+        scores = evaluate_heads(heads, val, config.weights)
+        curve.append({"step": float(step), "train/loss": row["loss"], **{f"val/{k}": v for k, v in scores.items()}})
+        if scores["loss"] < best["score"] - 1e-4:
+            best.update(score=scores["loss"], state=copy.deepcopy(heads.state_dict()), step=step, stale=0)
+        else:
+            best["stale"] += 1
+        return bool(best["stale"] >= config.patience)
+
+    heads.train()
+    optimizer = torch.optim.AdamW(_groups(heads, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
+    result = fit(step_loss, [optimizer], config.steps, schedule=_warm_cosine(config.warmup), clip=1.0, on_step=watch)
+    heads.load_state_dict(best["state"])
+    heads.eval()
+    report = {
+        "train": evaluate_heads(heads, train, config.weights),
+        "val": evaluate_heads(heads, val, config.weights),
+        "steps": result["steps"],
+        "best_step": best["step"],
+        "seconds": result["seconds"],
+        "parameters": sum(p.numel() for p in heads.parameters()),
+        "curve": curve,
+        "telemetry": _gauges(heads, val),
+        "labels": labels.summary(),
+    }
+    return heads.cpu(), report
+
+
+@torch.no_grad()
+def evaluate_heads(heads: MetacogHeads, data: _Set, weights: LossWeights, limit: int = 4096) -> dict[str, float]:
+    """Losses (unregularised, weighted sum as `loss`) and plan accuracy on up to `limit` rows per site."""
+    was = heads.training
+    heads.eval()
+    rows = [torch.arange(0, n, max(1, math.ceil(n / limit))) for n in data.sizes()]
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    site_of = {"plan": 0, "budget": 1, "conf_before": 1, "conf_after": 2}
+    chunk = 512
+    hits = 0.0
+    for start in range(0, max(map(len, rows)), chunk):
+        part_rows = [r[start : start + chunk] for r in rows]
+        parts, out = _parts(heads, data, part_rows[0], part_rows[1], part_rows[2])
+        n_plan = len(part_rows[0])
+        hits += float((out.plan_logits[:n_plan].argmax(-1) == data.plan[part_rows[0]]).sum())
+        for name, k in site_of.items():
+            n = float((~torch.isnan(data.budget[part_rows[1]])).sum()) if name == "budget" else float(len(part_rows[k]))
+            if n:
+                sums[name] = sums.get(name, 0.0) + float(parts[name]) * n
+                counts[name] = counts.get(name, 0.0) + n
+    heads.train(was)
+    scores = {name: sums[name] / counts[name] for name in sums}
+    table = weights.model_dump()
+    scores["loss"] = sum(table[name] * value for name, value in scores.items())
+    scores["plan_accuracy"] = hits / max(1, len(rows[0]))
+    return scores
+
+
+def _initialise(heads: MetacogHeads, train: _Set) -> None:
+    taps = torch.cat([train.prompt, train.think, train.end])
+    sizes = train.sizes()
+    site = torch.cat(
+        [torch.full((n,), s, device=taps.device) for n, s in zip(sizes, (PROMPT, THINK_SITE, END), strict=True)]
+    )
+    if heads.config.layers is not None:
+        taps = taps.index_select(1, heads.layer_index)
+    heads.trunk.set_statistics(taps, site)
+    known = train.budget[~torch.isnan(train.budget)]
+    heads.start_from(float(known.mean()) if len(known) else 3.0, float(train.share.mean()))
+
+
+def _groups(heads: MetacogHeads, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and embeddings of site and layer do not."""
+    matrices = [p for n, p in heads.named_parameters() if n.endswith("weight") and p.ndim >= 2]
+    ids = {id(p) for p in matrices}
+    rest = [p for p in heads.parameters() if id(p) not in ids]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _warm_cosine(warmup: float) -> Any:
+    def factor(done: float) -> float:
+        if done < warmup:
+            return 0.05 + 0.95 * done / warmup
+        return 0.5 * (1.0 + math.cos(math.pi * (done - warmup) / (1.0 - warmup)))
+
+    return factor
+
+
+@torch.no_grad()
+def _gauges(heads: MetacogHeads, data: _Set) -> dict[str, Any]:
+    """Telemetry at the think site, and the mean alpha of every layer per site (for the report's plot)."""
+    out: dict[str, Any] = {"alpha_by_site": {}}
+    for name, site, taps, used in (
+        ("prompt", PROMPT, data.prompt, None),
+        ("think", THINK_SITE, data.think, None),
+        ("end", END, data.end, data.used),
+    ):
+        if not len(taps):
+            continue
+        taps = taps[:2048]
+        tokens = torch.zeros(len(taps), device=taps.device) if used is None else used[:2048]
+        read = heads(taps, torch.full((len(taps),), site, device=taps.device), tokens, per_layer=True)
+        out["alpha_by_site"][name] = [float(a) for a in read.alpha.mean(0)]
+        if name == "think":
+            out.update(telemetry(read))
+    return out

@@ -1,0 +1,191 @@
+"""Labels made by sampling the model itself (decisions.md §3), kept with the states that they belong to.
+
+One problem gives at most one plan example, one (budget, confidence-before) example per strategy, and one
+confidence-after example per rollout. L layers · C hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gnomon.base.errors import DataError
+
+SOLVES_AT: Final = 0.75
+States = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One uncapped decode of one strategy.
+
+    used: think tokens; closed: the model itself closed the block (False = cut by a limit: censored);
+    answer_logprob: mean per answer token, NaN without one; taps_end [L, C] at the end tag.
+    """
+
+    correct: bool
+    used: int
+    answer_tokens: int
+    answer_logprob: float
+    closed: bool
+    taps_end: States
+    greedy: bool = False
+
+
+@dataclass(frozen=True)
+class StrategyLabels:
+    """All rollouts of one problem under one strategy (greedy first); taps_think [L, C] at the think tag."""
+
+    taps_think: States
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def share(self) -> float:
+        """Confidence label: the share of correct rollouts."""
+        return sum(r.correct for r in self.rollouts) / len(self.rollouts)
+
+    @property
+    def solves(self) -> bool:
+        """Whether the strategy solves the problem: at least 75 % of the rollouts are right."""
+        return self.share >= SOLVES_AT
+
+    @property
+    def budget(self) -> tuple[float, bool] | None:
+        """(median think tokens of the correct rollouts, censored), None when none is right.
+
+        Censored: the middle of the correct rollouts was not closed by the model, so the need is at least that.
+        """
+        right = sorted((r.used, not r.closed) for r in self.rollouts if r.correct)
+        if not right:
+            return None
+        return float(statistics.median(used for used, _ in right)), right[len(right) // 2][1]
+
+
+@dataclass(frozen=True)
+class LabelledProblem:
+    """One problem with its states and rollouts; taps_prompt [L, C] at the last prompt token.
+
+    prompt_logprob: mean log-prob of the prompt's tokens (baseline for confidence-before), NaN when not measured.
+    """
+
+    id: str
+    family: str
+    level: int
+    taps_prompt: States
+    strategies: Mapping[str, StrategyLabels]
+    prompt_logprob: float = math.nan
+
+
+@dataclass(frozen=True)
+class HeadData:
+    """Training arrays. Rows of `prompt`: problems; `think`: problem × strategy; `end`: rollouts.
+
+    prompt_taps [P, L, C], plan [P] int64 (-1 none) · think_taps [T, L, C], budget [T] log1p(tokens) (NaN none),
+    censored [T], share [T], strategy [T] · end_taps [E, L, C], used [E], correct [E] · *_row: index of the problem.
+    """
+
+    prompt_taps: States
+    plan: NDArray[np.int64]
+    think_taps: States
+    budget: States
+    censored: NDArray[np.bool_]
+    share: States
+    strategy: NDArray[np.int64]
+    think_row: NDArray[np.int64]
+    end_taps: States
+    used: States
+    correct: States
+    end_row: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Labelled problems of one model. `strategies` is the order of the plan head; meta: model hash, stream, seeds."""
+
+    strategies: tuple[str, ...]
+    problems: tuple[LabelledProblem, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.problems:
+            raise DataError("a label set needs at least one problem; did every rollout fail?")
+        for p in self.problems:
+            missing = [s for s in self.strategies if s not in p.strategies or not p.strategies[s].rollouts]
+            if missing:
+                raise DataError(f"problem {p.id!r} has no rollouts for {', '.join(missing)}")
+
+    def mean_cost(self) -> dict[str, float]:
+        """Mean think tokens of every strategy over all rollouts."""
+        return {
+            s: statistics.fmean(r.used for p in self.problems for r in p.strategies[s].rollouts)
+            for s in self.strategies
+        }
+
+    def cost_order(self) -> tuple[str, ...]:
+        """Strategies from cheap to dear; use the order of the training split for every other split."""
+        cost = self.mean_cost()
+        return tuple(sorted(self.strategies, key=lambda s: (cost[s], self.strategies.index(s))))
+
+    def plan_labels(self, cost_order: Sequence[str] | None = None) -> list[str | None]:
+        """Per problem the cheapest strategy that solves it, None where none does."""
+        order = tuple(cost_order) if cost_order is not None else self.cost_order()
+        return [next((s for s in order if p.strategies[s].solves), None) for p in self.problems]
+
+    def arrays(self, cost_order: Sequence[str] | None = None) -> HeadData:
+        """Everything that head training needs. Problems that no strategy solves carry neither plan nor budget."""
+        labels = self.plan_labels(cost_order)
+        index = {s: k for k, s in enumerate(self.strategies)}
+        think: list[tuple[States, float, bool, float, int, int]] = []
+        end: list[tuple[States, int, bool, int]] = []
+        for row, (p, label) in enumerate(zip(self.problems, labels, strict=True)):
+            for name in self.strategies:
+                s = p.strategies[name]
+                need = s.budget if label is not None else None
+                log_need = math.nan if need is None else math.log1p(need[0])
+                think.append((s.taps_think, log_need, need is not None and need[1], s.share, index[name], row))
+                end.extend((r.taps_end, r.used, r.correct, row) for r in s.rollouts)
+        return HeadData(
+            prompt_taps=_stack(p.taps_prompt for p in self.problems),
+            plan=np.array([-1 if s is None else index[s] for s in labels], dtype=np.int64),
+            think_taps=_stack(t[0] for t in think),
+            budget=np.array([t[1] for t in think], dtype=np.float32),
+            censored=np.array([t[2] for t in think]),
+            share=np.array([t[3] for t in think], dtype=np.float32),
+            strategy=np.array([t[4] for t in think], dtype=np.int64),
+            think_row=np.array([t[5] for t in think], dtype=np.int64),
+            end_taps=_stack(e[0] for e in end),
+            used=np.array([e[1] for e in end], dtype=np.float32),
+            correct=np.array([e[2] for e in end], dtype=np.float32),
+            end_row=np.array([e[3] for e in end], dtype=np.int64),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for the log: label shares, unsolved items, accuracy, cost and censored share per strategy."""
+        labels = Counter(label or "unsolved" for label in self.plan_labels())
+        per: dict[str, Any] = {}
+        for name in self.strategies:
+            rolls = [r for p in self.problems for r in p.strategies[name].rollouts]
+            per[name] = {
+                "accuracy": statistics.fmean(r.correct for r in rolls),
+                "solves": statistics.fmean(p.strategies[name].solves for p in self.problems),
+                "think_tokens_mean": statistics.fmean(r.used for r in rolls),
+                "censored": statistics.fmean(not r.closed for r in rolls),
+                "label": labels[name] / len(self.problems),
+            }
+        return {
+            "n": len(self.problems),
+            "unsolved": labels["unsolved"] / len(self.problems),
+            "cost_order": self.cost_order(),
+            "by_strategy": per,
+        }
+
+
+def _stack(parts: Any) -> States:
+    return np.stack([np.asarray(x, dtype=np.float32) for x in parts])

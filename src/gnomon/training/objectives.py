@@ -1,0 +1,116 @@
+"""Named losses of the metacognitive heads; each is a pure function, has a weight, and is tested alone.
+
+N rows · L layers · K plans. Budgets are in log1p(tokens). Rows without a target (NaN, or plan -1) carry no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from gnomon.base.errors import unknown
+
+
+class LossWeights(BaseModel):
+    """Weight of each named part; 0 switches it off. `layer_*` train the per-layer experts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    plan: float = Field(default=1.0, ge=0.0)
+    budget: float = Field(default=1.0, ge=0.0)
+    budget_quantile: float = Field(default=0.0, ge=0.0)
+    conf_before: float = Field(default=1.0, ge=0.0)
+    conf_after: float = Field(default=1.0, ge=0.0)
+    conf_rank: float = Field(default=0.2, ge=0.0)
+    layer_plan: float = Field(default=0.2, ge=0.0)
+    layer_budget: float = Field(default=0.2, ge=0.0)
+    layer_conf: float = Field(default=0.2, ge=0.0)
+    layer_budget_var: float = Field(default=0.01, ge=0.0)
+
+
+def plan_ce(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    """logits [N, K] or [N, L, K], target [N] int64 (-1 = no label) -> mean cross-entropy; 0 without labels."""
+    if logits.ndim == 3:
+        target = target.unsqueeze(1).expand(logits.shape[:2])
+    logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    held = target >= 0
+    if not bool(held.any()):
+        return logits.sum() * 0.0
+    return F.cross_entropy(logits[held], target[held], label_smoothing=smoothing)
+
+
+def budget_error(pred: Tensor, target: Tensor, censored: Tensor | None = None) -> Tensor:
+    """Mean squared error in log tokens. A censored row only says "at least this": loss only if pred < target.
+
+    pred [N] or [N, L], target [N] (NaN = no label), censored bool [N].
+    """
+    gap, held = _gap(pred, target)
+    if censored is not None:
+        gap = torch.where(_like(censored, gap), gap.clamp_max(0.0), gap)
+    return _mean(gap.square(), held)
+
+
+def budget_pinball(pred: Tensor, target: Tensor, q: float, censored: Tensor | None = None) -> Tensor:
+    """Quantile (pinball) loss at level q in (0, 1); shapes and censoring as in `budget_error`."""
+    gap, held = _gap(pred, target)
+    if censored is not None:
+        gap = torch.where(_like(censored, gap), gap.clamp_max(0.0), gap)
+    return _mean(torch.maximum(-q * gap, (1.0 - q) * gap), held)
+
+
+def confidence_bce(logit: Tensor, target: Tensor) -> Tensor:
+    """logit [N] or [N, L], target [N] in [0, 1] (a share correct; NaN = no label) -> mean binary cross-entropy."""
+    wide = _like(target, logit)
+    held = ~torch.isnan(wide)
+    loss = F.binary_cross_entropy_with_logits(logit, torch.where(held, wide, 0.5), reduction="none")
+    return _mean(loss, held)
+
+
+def confidence_rank(logit: Tensor, target: Tensor, margin: float = 0.25) -> Tensor:
+    """Pairwise logistic loss over pairs whose targets differ by more than `margin`; 0 when there is none.
+
+    logit [N], target [N] in [0, 1], NaN = no label.
+    """
+    difference = target[:, None] - target[None, :]
+    held = difference > margin  # False at NaN
+    return _mean(F.softplus(-(logit[:, None] - logit[None, :])), held)
+
+
+def layer_variance(budget_raw_pl: Tensor) -> Tensor:
+    """Variance over layers of the per-layer budgets [N, L], averaged over rows."""
+    if not len(budget_raw_pl):
+        return budget_raw_pl.sum()
+    return budget_raw_pl.var(dim=1, unbiased=False).mean()
+
+
+def weighted(parts: Mapping[str, Tensor], weights: LossWeights) -> tuple[Tensor, dict[str, float]]:
+    """Sum of weight × part, and every part unweighted for the log. Raises UnknownNameError for an unnamed part."""
+    table = weights.model_dump()
+    total: Tensor | None = None
+    for name, part in parts.items():
+        if name not in table:
+            raise unknown("loss", name, table)
+        if table[name] > 0:
+            total = part * table[name] if total is None else total + part * table[name]
+    if total is None:
+        raise unknown("non-zero loss among", ", ".join(parts) or "(none)", table)
+    return total, {f"loss/{name}": float(part.detach()) for name, part in parts.items()}
+
+
+def _like(x: Tensor, reference: Tensor) -> Tensor:
+    return x.unsqueeze(1).expand_as(reference) if reference.ndim == x.ndim + 1 else x
+
+
+def _gap(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    wide = _like(target, pred)
+    held = ~torch.isnan(wide)
+    return pred - torch.where(held, wide, pred.detach()), held
+
+
+def _mean(values: Tensor, held: Tensor) -> Tensor:
+    count = held.sum().clamp_min(1)
+    return torch.where(held, values, torch.zeros_like(values)).sum() / count
