@@ -112,7 +112,7 @@ class Bins:
                 n = int(end - start)
                 ids[r, at : at + n] = self.ids[start:end]
                 trained = self.loss[start + 1 : end].astype(bool)
-                targets[r, at : at + n - 1] = np.where(trained, self.ids[start + 1 : end], -100)
+                targets[r, at : at + n - 1] = np.where(trained, self.ids[start + 1 : end].astype(np.int64), -100)
                 positions[r, at : at + n] = np.arange(n)
                 segments[r, at : at + n] = number
                 at += n

@@ -116,10 +116,17 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.channels)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.unembed = nn.Linear(config.channels, config.vocab_size, bias=False)
-        table = rope_table(config.context, config.channels // config.heads, config.rope_base)
-        self.register_buffer("rope", table, persistent=False)
+        size = config.channels // config.heads
+        self.register_buffer("rope", torch.empty(config.context, 2, size // 2), persistent=False)
+        self.make_tables()
         self.checkpointing = False
         self.initialise()
+
+    @torch.no_grad()
+    def make_tables(self) -> None:
+        """Fill the rotary table, which is not saved with the weights."""
+        c = self.config
+        self.rope.copy_(rope_table(c.context, c.channels // c.heads, c.rope_base))
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -66,6 +66,8 @@ class HyperConnection(nn.Module):
     weight on stream `index mod n`. So a fresh net equals the plain pre-norm net while the streams can diverge.
     """
 
+    permutations: Tensor
+
     def __init__(self, streams: int, channels: int, index: int, projection: str = "exact", iterations: int = 20):
         super().__init__()
         if projection not in ("exact", "sinkhorn"):
@@ -85,10 +87,17 @@ class HyperConnection(nn.Module):
         bias[:n] = torch.logit(share)
         if projection == "exact":
             bias[2 * n] = math.log(4.0 * max(self.n_res - 1, 1))  # identity permutation weighs 0.8
-            self.register_buffer("permutations", permutation_matrices(n), persistent=False)
+            self.register_buffer("permutations", torch.empty(self.n_res, n, n), persistent=False)
+            self.make_tables()
         else:
             bias[2 * n :] = 2.0 * torch.eye(n).flatten()  # diagonal .71, gradients alive (§1.5)
         self.bias = nn.Parameter(bias)
+
+    @torch.no_grad()
+    def make_tables(self) -> None:
+        """Fill the permutation matrices, which are not saved with the weights."""
+        if self.projection == "exact":
+            self.permutations.copy_(permutation_matrices(self.streams))
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, n, C] -> pre [N, n], post [N, n], comb [N, n, n], all float32."""

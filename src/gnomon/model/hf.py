@@ -1,0 +1,122 @@
+"""gnomon's decoder as a Hugging Face citizen. `import gnomon.hf` registers the Auto classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from gnomon.model.backbone import attention_mask as attention_view
+from gnomon.model.backbone import positions_of
+from gnomon.model.cache import DecoderCache
+from gnomon.model.decoder import Decoder, DecoderConfig
+from gnomon.model.hyper import HyperConnection
+
+
+class GnomonConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Hugging Face view of DecoderConfig; its fields carry the same names."""
+
+    model_type = "gnomon"
+
+    def __init__(self, **kwargs: Any):
+        fields = {k: kwargs.pop(k) for k in list(kwargs) if k in DecoderConfig.model_fields}
+        for key, value in DecoderConfig.model_validate({"vocab_size": 1024, **fields}).model_dump().items():
+            setattr(self, key, value)
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.channels)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return int(self.layers)
+
+    @property
+    def num_attention_heads(self) -> int:
+        return int(self.heads)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return int(self.context)
+
+    def decoder_config(self) -> DecoderConfig:
+        return DecoderConfig.model_validate({k: getattr(self, k) for k in DecoderConfig.model_fields})
+
+
+class GnomonForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """`AutoModelForCausalLM` and `generate` on our decoder; weights live under `decoder.`."""
+
+    config_class = GnomonConfig
+    base_model_prefix = "decoder"
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+    _is_stateful = True  # the cache below is our own object: no assisted decoding that would crop it
+
+    def __init__(self, config: GnomonConfig):
+        super().__init__(config)
+        self.decoder = Decoder(config.decoder_config())
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Tables that are not on disk: transformers builds the model without storage and asks for them here.
+
+        Parameters are left alone: Decoder.initialise drew them, or the file brings them.
+        """
+        if isinstance(module, (Decoder, HyperConnection)):
+            module.make_tables()
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.decoder.embed
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.decoder.unembed
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """input_ids [B, T]; attention_mask [B, S + T] with padding on either side (0 = padding)."""
+        cache = past_key_values if isinstance(past_key_values, DecoderCache) else None
+        batch, new = input_ids.shape
+        start = cache.length if cache else 0
+        if cache is None and use_cache and not torch.is_grad_enabled():
+            cache = self.decoder.new_cache(batch, self.config.context)
+        mask = torch.ones(batch, start + new, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        mask = mask.to(input_ids.device)
+        positions = positions_of(mask, new) if position_ids is None else position_ids
+        view = attention_view(mask, new)
+        out = self.decoder(input_ids, positions, view, cache, want_states=bool(output_hidden_states))
+        loss = None
+        if labels is not None:
+            assert out.logits is not None
+            loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        states = (self.decoder.embed(input_ids), *out.states) if output_hidden_states else None
+        return CausalLMOutputWithPast(loss=loss, logits=out.logits, past_key_values=cache, hidden_states=states)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Only the tokens that the cache has not seen go through the model."""
+        seen = past_key_values.length if isinstance(past_key_values, DecoderCache) else 0
+        return {
+            "input_ids": input_ids[:, seen:],
+            "attention_mask": kwargs.get("attention_mask"),
+            "past_key_values": past_key_values if seen else None,
+            "use_cache": kwargs.get("use_cache", True),
+        }
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """`forward` makes the cache of our decoder itself."""
+
+
