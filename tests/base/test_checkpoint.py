@@ -13,6 +13,8 @@ from gnomon.base import checkpoint as ck
 from gnomon.base import seeds
 from gnomon.base.errors import CheckpointError
 
+OUTSIDE = '{"files": [{"name": "../x", "size": 1, "sha256": ""}]}'
+
 
 def save(root: Path, step: int) -> Path:
     with ck.publish(root, step) as folder:
@@ -51,7 +53,7 @@ def test_publish_writes_manifest_latest_and_no_leftovers(tmp_path: Path) -> None
 
 def test_failure_while_writing_publishes_nothing(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    with pytest.raises(KeyboardInterrupt), ck.publish(tmp_path, 2) as folder:
+    with pytest.raises(KeyboardInterrupt), ck.publish(tmp_path, 2) as folder:  # noqa: PT012
         (folder / "half").write_text("x")
         raise KeyboardInterrupt
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "latest"]
@@ -72,7 +74,7 @@ def flip(path: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "lacks config.json"),
         (lambda f: os.truncate(f / "model.safetensors", 50), "50 of"),
         (lambda f: flip(f / "model.safetensors"), "checksum"),
-        (lambda f: (f / "MANIFEST.json").write_text('{"files": [{"name": "../x", "size": 1, "sha256": ""}]}'), "leaves"),
+        (lambda f: (f / "MANIFEST.json").write_text(OUTSIDE), "leaves"),
     ],
 )
 def test_damaged_newest_is_skipped_and_named(tmp_path: Path, damage: object, told: str) -> None:

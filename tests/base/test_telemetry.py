@@ -17,7 +17,8 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 
 def test_nan_becomes_null_and_is_named() -> None:
-    found = finite({"train/loss": float("nan"), "lr": np.float32(0.5), "by": {"a": [1.0, float("inf")]}, "n": np.int64(3)})
+    values = {"train/loss": float("nan"), "lr": np.float32(0.5), "by": {"a": [1.0, float("inf")]}, "n": np.int64(3)}
+    found = finite(values)
     assert found == {
         "train/loss": None, "lr": 0.5, "by": {"a": [1.0, None]}, "n": 3.0, "nonfinite": ["train/loss", "by.a.1"],
     }  # fmt: skip

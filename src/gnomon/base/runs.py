@@ -24,7 +24,9 @@ from gnomon.base.errors import ConfigError, nearest
 from gnomon.base.telemetry import JsonlSink, JsonlWriter, Telemetry, finite
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
-_PACKAGES: Final = ("gnomon", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "numpy", "pydantic")
+_PACKAGES: Final = (
+    "gnomon", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "numpy", "pydantic",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -46,7 +48,8 @@ def git_commit(folder: Path) -> str | None:
 
     def ask(*args: str) -> str | None:
         try:
-            done = subprocess.run([git, "-C", str(folder), *args], capture_output=True, text=True, timeout=10)
+            call = [git, "-C", str(folder), *args]
+            done = subprocess.run(call, capture_output=True, text=True, timeout=10, check=False)
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -128,7 +131,7 @@ def create_run(
     Raises ConfigError for a name that is no plain file name.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"run name {name!r} must be letters, digits, '.', '_' or '-', starting with one of the first two")
+        raise ConfigError(f"run name {name!r}: use letters, digits, '.', '_', '-', a letter or digit first")
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"{name}-{stamp}"
@@ -180,6 +183,5 @@ def find_run(name: str, root: Path = Path("runs")) -> Path:
     names = [p.name for p in folders]
     hint = nearest(name, names)
     there = ", ".join(names[-8:]) or "none"
-    raise ConfigError(
-        f"no run {name!r} under {str(root)!r}" + (f"; did you mean {hint!r}?" if hint else "") + f" Runs there: {there}."
-    )
+    meant = f"; did you mean {hint!r}?" if hint else ""
+    raise ConfigError(f"no run {name!r} under {str(root)!r}{meant} Runs there: {there}.")

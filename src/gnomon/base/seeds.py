@@ -7,6 +7,7 @@ import random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 
@@ -38,3 +39,10 @@ def seed_torch(*names: object) -> None:
     import torch
 
     torch.manual_seed(derive(*names))
+
+
+def numpy_generator(*names: object) -> numpy.random.Generator:
+    """A private numpy generator for the named stream."""
+    import numpy
+
+    return numpy.random.default_rng(derive(*names))

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, TypeVar
@@ -206,7 +206,8 @@ class Progress:
 
             self._bar = rp.Progress(
                 rp.TextColumn("{task.description}"), rp.BarColumn(), rp.MofNCompleteColumn(),
-                rp.TimeElapsedColumn(), rp.TextColumn("eta"), rp.TimeRemainingColumn(), rp.TextColumn("{task.fields[note]}"),
+                rp.TimeElapsedColumn(), rp.TextColumn("eta"), rp.TimeRemainingColumn(),
+                rp.TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )  # fmt: skip
             self._row = self._bar.add_task(self.title, total=self.total, note="")
@@ -246,7 +247,7 @@ class Progress:
 
 def track(items: Iterable[T], title: str, total: int | None = None, quiet: bool = False) -> Iterator[T]:
     """Iterate with a progress bar on stderr."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(title, total, quiet=quiet) as bar:
         for item in items:

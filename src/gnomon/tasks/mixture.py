@@ -27,7 +27,7 @@ def level_weights(progress: float, levels: Sequence[int] = LEVELS, all_at: float
     """
     at = min(max(progress, 0.0), 1.0)
     if all_at <= 0 or at >= all_at:
-        return {level: 1.0 for level in levels}
+        return dict.fromkeys(levels, 1.0)
     ramp = all_at / len(levels)
     return {level: 1.0 if k == 0 else min(1.0, max(0.0, at / ramp - k)) for k, level in enumerate(sorted(levels))}
 

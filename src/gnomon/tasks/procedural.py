@@ -71,8 +71,13 @@ def draw(task: str | Family, level: int, split: str, stream: str, index: int) ->
 class Source(Protocol):
     """Anything that problems come from: a family, a reasoning-gym dataset, a file."""
 
-    name: str
-    levels: tuple[int, ...]
+    @property
+    def name(self) -> str:
+        """`chain`, `gym:chain_sum`, `file:stem`."""
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels that it offers, from easy to hard."""
 
     def draw(self, level: int, split: str, stream: str, index: int) -> Problem:
         """Problem number `index` of a (level, split, stream)."""
@@ -113,7 +118,7 @@ def resolve_tasks(spec: str | Sequence[str]) -> list[Source]:
     found: dict[str, Source] = {}
     for name in names:
         if name == "all":
-            found.update({n: cast(Source, FamilySource(family(n))) for n in REGISTRY})
+            found.update({n: FamilySource(family(n)) for n in REGISTRY})
         elif name.startswith("gym:"):
             from gnomon.tasks.gym import GymSource
 
@@ -123,7 +128,7 @@ def resolve_tasks(spec: str | Sequence[str]) -> list[Source]:
 
             found[name] = FileSource(Path(name))
         else:
-            found[name] = cast(Source, FamilySource(family(name)))
+            found[name] = FamilySource(family(name))
     return list(found.values())
 
 
@@ -168,7 +173,7 @@ def problems(
         if None not in rooms and count > sum(r or 0 for r in rooms):
             each = ", ".join(f"level {x}: {r}" for x, r in zip(offered[who], rooms, strict=True))
             raise ConfigError(
-                f"task {source.name!r} has {sum(r or 0 for r in rooms)} distinct {split} problems ({each}), but n = {n} "
-                f"asks for {count} of them; use a smaller n, other levels, or more tasks"
+                f"task {source.name!r} has {sum(r or 0 for r in rooms)} distinct {split} problems ({each}), but "
+                f"n = {n} asks for {count} of them; use a smaller n, other levels, or more tasks"
             )
     return [source.draw(level, split, stream, index) for source, level, index in cells]
