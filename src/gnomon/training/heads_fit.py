@@ -243,3 +243,46 @@ def _gauges(heads: MetacogHeads, data: _Set) -> dict[str, Any]:
         if name == "think":
             out.update(telemetry(read))
     return out
+
+
+@torch.no_grad()
+def read_greedy(heads: MetacogHeads, labels: LabelSet, chunk: int = 1024) -> dict[str, Any]:
+    """What the heads say about every problem and strategy, beside what the greedy rollout did.
+
+    Returns {plans, family, level, plan_probs, budget_raw, conf_before, conf_after, correct, used, closed,
+    answer_logprob [N, K], g [N, K, P]} in numpy: what calibration fits on.
+    """
+
+    def read(taps: list[NDArray[np.float32]], site: int, used: list[int] | None = None) -> list[MetacogOutput]:
+        outs = []
+        for start in range(0, len(taps), chunk):
+            part = torch.from_numpy(np.stack(taps[start : start + chunk]))
+            tokens = torch.zeros(len(part)) if used is None else torch.tensor(used[start : start + chunk]).float()
+            outs.append(heads(part, torch.full((len(part),), site), tokens))
+        return outs
+
+    def joined(outs: list[MetacogOutput], name: str) -> NDArray[np.float64]:
+        return np.concatenate([getattr(o, name).double().numpy() for o in outs])
+
+    names = labels.strategies
+    shape = (len(labels.problems), len(names))
+    cells = [p.strategies[s] for p in labels.problems for s in names]
+    greedy = [next((r for r in c.rollouts if r.greedy), c.rollouts[0]) for c in cells]
+    prompt = read([p.taps_prompt for p in labels.problems], PROMPT)
+    think = read([c.taps_think for c in cells], THINK_SITE)
+    end = read([r.taps_end for r in greedy], END, [r.used for r in greedy])
+    logits = torch.cat([o.plan_logits for o in prompt])
+    return {
+        "plans": names,
+        "family": tuple(p.family for p in labels.problems),
+        "level": tuple(p.level for p in labels.problems),
+        "plan_probs": logits.softmax(-1).double().numpy(),
+        "budget_raw": joined(think, "budget_raw").reshape(shape),
+        "conf_before": joined(think, "conf_raw").reshape(shape),
+        "conf_after": joined(end, "conf_raw").reshape(shape),
+        "correct": np.array([r.correct for r in greedy]).reshape(shape),
+        "used": np.array([r.used for r in greedy], dtype=np.int64).reshape(shape),
+        "closed": np.array([r.closed for r in greedy]).reshape(shape),
+        "answer_logprob": np.array([r.answer_logprob for r in greedy]).reshape(shape),
+        "g": joined(think, "g").reshape(*shape, -1),
+    }

@@ -6,19 +6,27 @@ confidence-after example per rollout. L layers · C hidden size.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from gnomon.base.atomic import write_atomic
+from gnomon.base.checkpoint import load_tensors, save_tensors
 from gnomon.base.errors import DataError
 
 SOLVES_AT: Final = 0.75
+STATES_FILE: Final = "states.safetensors"
+FACTS_FILE: Final = "labels.json"
 States = NDArray[np.float32]
 
 
@@ -186,6 +194,89 @@ class LabelSet:
             "by_strategy": per,
         }
 
+    def save(self, folder: Path) -> Path:
+        """Write states (safetensors) and facts (JSON, last) into a folder; returns it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        strategies = [p.strategies[s] for p in self.problems for s in self.strategies]
+        states = {
+            "prompt": _stack(p.taps_prompt for p in self.problems),
+            "think": _stack(s.taps_think for s in strategies),
+            "end": _stack(r.taps_end for s in strategies for r in s.rollouts),
+        }
+        save_tensors(folder, STATES_FILE, {k: torch.from_numpy(v) for k, v in states.items()})
+        facts = [
+            {
+                "id": p.id,
+                "family": p.family,
+                "level": p.level,
+                "prompt_logprob": _number(p.prompt_logprob),
+                "rollouts": {s: [_row(r) for r in p.strategies[s].rollouts] for s in self.strategies},
+            }
+            for p in self.problems
+        ]
+        body = {"version": 1, "strategies": self.strategies, "meta": self.meta, "problems": facts}
+        write_atomic(folder / FACTS_FILE, json.dumps(body) + "\n")
+        return folder
 
-def _stack(parts: Any) -> States:
+    @classmethod
+    def load(cls, folder: Path) -> LabelSet:
+        """Read what `save` wrote. Raises DataError when it is missing, damaged or inconsistent."""
+        path = folder / FACTS_FILE
+        if not path.is_file():
+            raise DataError(f"no label set in {str(folder)!r}: {FACTS_FILE} is missing (was labelling interrupted?)")
+        states = {k: v.numpy() for k, v in load_tensors(folder, STATES_FILE).items()}
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            names = tuple(body["strategies"])
+            think, end = iter(states["think"]), iter(states["end"])
+            problems = []
+            for row, fact in enumerate(body["problems"]):
+                found = {}
+                for s in names:
+                    taps = next(think)
+                    found[s] = StrategyLabels(taps, tuple(_rollout(r, next(end)) for r in fact["rollouts"][s]))
+                measured = fact["prompt_logprob"]
+                problems.append(
+                    LabelledProblem(
+                        id=fact["id"],
+                        family=fact["family"],
+                        level=fact["level"],
+                        taps_prompt=states["prompt"][row],
+                        strategies=found,
+                        prompt_logprob=math.nan if measured is None else measured,
+                    )
+                )
+            return cls(names, tuple(problems), body["meta"])
+        except (ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
+            raise DataError(f"the label set in {str(folder)!r} is damaged: {error!r}") from None
+
+
+def cache_folder(root: Path, facts: Mapping[str, Any]) -> Path:
+    """Where labels with these facts (model hash, tasks, stream, n, sampling, versions) live below `root`."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return root / f"labels-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _row(r: Rollout) -> list[Any]:
+    return [int(r.correct), r.used, r.answer_tokens, _number(r.answer_logprob), int(r.closed), int(r.greedy)]
+
+
+def _rollout(row: Sequence[Any], taps_end: States) -> Rollout:
+    correct, used, answer_tokens, logprob, closed, greedy = row
+    return Rollout(
+        correct=bool(correct),
+        used=int(used),
+        answer_tokens=int(answer_tokens),
+        answer_logprob=math.nan if logprob is None else float(logprob),
+        closed=bool(closed),
+        taps_end=taps_end,
+        greedy=bool(greedy),
+    )
+
+
+def _number(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def _stack(parts: Iterable[States]) -> States:
     return np.stack([np.asarray(x, dtype=np.float32) for x in parts])

@@ -1,0 +1,301 @@
+"""Fitting a calibration card from an uncapped greedy pass over the calibration split (decisions.md §4).
+
+Order: plan threshold, conformal budget offsets, then the temperatures at the operating point that these two define.
+N problems · K plans · P size of g.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gnomon.base.errors import DataError
+from gnomon.evaluation import metrics
+from gnomon.metacognition.calibration import (
+    BudgetClip,
+    Card,
+    Domain,
+    Fitted,
+    Quality,
+    Temperatures,
+    clip_tokens,
+    first_reaching,
+    sigmoid,
+)
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995)
+
+
+@dataclass(frozen=True)
+class Uncapped:
+    """The uncapped greedy pass of every plan over the calibration split.
+
+    plans: order of the columns and of the plan head. plan_probs, budget_raw (log1p tokens), conf_before and conf_after
+    (logits) float [N, K]; correct, closed bool [N, K]; used int [N, K]; g at the think tag [N, K, P]. The
+    fields are those of `training.heads_fit.read_greedy`: `Uncapped(**read_greedy(heads, labels))`.
+    """
+
+    plans: tuple[str, ...]
+    family: tuple[str, ...]
+    plan_probs: Floats
+    correct: Bools
+    used: Ints
+    closed: Bools
+    budget_raw: Floats
+    conf_before: Floats
+    conf_after: Floats
+    g: Floats
+    level: tuple[int, ...] = ()
+    answer_logprob: Floats | None = None
+
+    def __post_init__(self) -> None:
+        shape = (len(self.family), len(self.plans))
+        if not self.family:
+            raise DataError("calibration needs at least one problem")
+        for name in ("plan_probs", "correct", "used", "closed", "budget_raw", "conf_before", "conf_after"):
+            if getattr(self, name).shape != shape:
+                raise DataError(f"{name} must be {list(shape)}, got {list(getattr(self, name).shape)}")
+
+    def at(self, plan: Ints) -> Callable[[NDArray[Any]], NDArray[Any]]:
+        """A picker of one column per row: values [N, K] -> [N] under the plans [N]."""
+        rows = np.arange(len(self.family))
+        return lambda values: values[rows, plan]
+
+
+# (rows, plan names, caps) -> (correct, confidence-after logit) of those problems cut at the cap.
+CutDecode = Callable[[Ints, Sequence[str], Ints], tuple[Bools, Floats]]
+
+
+def fit_temperature(logits: Floats, correct: Bools | Floats) -> float:
+    """The divisor that minimises the log loss; golden section on its logarithm in [1/20, 20]. Raises on no rows."""
+    x, y = np.asarray(logits, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if not len(x):
+        raise DataError("a temperature needs at least one row")
+
+    def loss(log_t: float) -> float:
+        z = x / math.exp(log_t)
+        return float(np.mean(np.logaddexp(0.0, z) - y * z))
+
+    lo, hi, ratio = -math.log(20.0), math.log(20.0), (math.sqrt(5.0) - 1.0) / 2.0
+    a, b = hi - ratio * (hi - lo), lo + ratio * (hi - lo)
+    fa, fb = loss(a), loss(b)
+    while hi - lo > 1e-5:
+        if fa <= fb:
+            hi, b, fb = b, a, fa
+            a = hi - ratio * (hi - lo)
+            fa = loss(a)
+        else:
+            lo, a, fa = a, b, fb
+            b = lo + ratio * (hi - lo)
+            fb = loss(b)
+    return math.exp((lo + hi) / 2.0)
+
+
+def conformal_offset(raw: Floats, used: Ints, level: float) -> float:
+    """The offset in log1p(tokens) under which `level` of exchangeable needs fall (split-conformal quantile)."""
+    gap = np.sort(np.log1p(np.asarray(used, dtype=np.float64)) - raw)
+    if not len(gap):
+        raise DataError("no correct solution in the calibration split: the budget clip cannot be fitted")
+    rank = min(len(gap), math.ceil((len(gap) + 1) * level))
+    return float(gap[rank - 1])
+
+
+def fit_plan_threshold(
+    data: Uncapped, cost_order: Sequence[str], tolerance: float = 0.0, grid: Sequence[float] | None = None
+) -> float:
+    """The cheapest threshold whose accuracy reaches min(best fixed strategy per family, best threshold) − tolerance."""
+    order = [data.plans.index(p) for p in cost_order]
+    choices = grid if grid is not None else [*np.linspace(0.3, 0.95, 27), 0.97, 0.98, 0.99, 0.995, 1.0]
+    scored = []
+    for tau in choices:
+        pick = data.at(first_reaching(data.plan_probs, order, float(tau)))
+        scored.append((float(pick(data.correct).mean()), float(pick(data.used).mean()), float(tau)))
+    goal = min(max(s[0] for s in scored), best_fixed_accuracy(data)) - tolerance
+    return min((used, tau) for accuracy, used, tau in scored if accuracy >= goal - 1e-12)[1]
+
+
+def best_fixed_accuracy(data: Uncapped) -> float:
+    """Accuracy with each family's best strategy, chosen on these rows (so slightly optimistic)."""
+    names = np.asarray(data.family)
+    return float(sum(data.correct[names == f].mean(0).max() * (names == f).mean() for f in set(data.family)))
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Clip level in use, its offset, and what decoding under it gives: caps, correct, conf_after [N]."""
+
+    level: float
+    offset: float
+    caps: Ints
+    correct: Bools
+    conf_after: Floats
+    loss: float
+
+
+def fit_operating(data: Uncapped, plan: Ints, cut: CutDecode | None, tolerance: float = 0.005) -> OperatingPoint:
+    """The cheapest clip level that loses at most `tolerance` accuracy against no cap, at the same plans [N].
+
+    Without `cut` a row that would be cut counts as wrong (pessimistic) and keeps its uncapped confidence.
+    """
+    pick = data.at(plan)
+    raw, used, right, after = (pick(v) for v in (data.budget_raw, data.used, data.correct, data.conf_after))
+    fit_raw, fit_used = _needs(data, plan)
+    best: OperatingPoint | None = None
+    for level in LEVELS:
+        offset = conformal_offset(fit_raw, fit_used, level)
+        caps = clip_tokens(raw, offset)
+        over = np.flatnonzero(used > caps)
+        correct, logit = right.copy(), after.copy()
+        correct[over] = False
+        if cut is not None and len(over):
+            correct[over], logit[over] = cut(over, [data.plans[int(k)] for k in plan[over]], caps[over])
+        loss = float(right.mean() - correct.mean())
+        best = OperatingPoint(level, offset, caps, correct, logit, loss)
+        if loss <= tolerance + 1e-12:
+            break
+    assert best is not None
+    return best
+
+
+def _needs(data: Uncapped, plan: Ints, enough: int = 200) -> tuple[Floats, Ints]:
+    """Predictions and needs of correct, naturally closed solutions that think (plan ≠ direct, where there are any).
+
+    Of the chosen plans, because coverage is promised for those; of all plans when they give fewer than `enough` rows.
+    """
+    held = data.correct & data.closed
+    thinking = np.array([p != "direct" for p in data.plans])
+    if held[:, thinking].any():
+        held = held & thinking
+    chosen = held & (np.arange(len(data.plans)) == plan[:, None])
+    held = chosen if int(chosen.sum()) >= enough else held
+    return data.budget_raw[held], data.used[held]
+
+
+def fit_domain(g: Floats, groups: Sequence[str], quantile: float = 0.99, shrink: float = 0.1, seed: int = 0) -> Domain:
+    """Centres per group, one shared shrunk covariance; the threshold from distances measured across two folds.
+
+    g [M, P]; groups [M] (family, or family and plan). In-sample distances would be too short, hence the folds.
+    """
+    names = np.asarray(groups)
+    if len(g) < 4:
+        raise DataError(f"the domain of a card needs at least 4 rows, got {len(g)}")
+    fold = np.random.default_rng(seed).permutation(len(g)) % 2
+    far = np.zeros(len(g))
+    for side in (0, 1):
+        centres, precision = _gaussian(g[fold != side], names[fold != side], shrink)
+        far[fold == side] = _as_domain(centres, precision, 1.0).distance(g[fold == side])
+    rank = min(len(far), math.ceil((len(far) + 1) * quantile))
+    centres, precision = _gaussian(g, names, shrink)
+    return _as_domain(centres, precision, max(float(np.sort(far)[rank - 1]), 1e-6))
+
+
+def _groups(data: Uncapped, plan: Ints, least: int = 10) -> list[str]:
+    """family/plan per row; groups too small for a centre of their own are pooled per plan."""
+    fine = [(f, data.plans[int(k)]) for f, k in zip(data.family, plan, strict=True)]
+    counts = Counter(fine)
+    return [f"{f}/{p}" if counts[f, p] >= least else f"*/{p}" for f, p in fine]
+
+
+def _gaussian(g: Floats, names: NDArray[Any], shrink: float) -> tuple[Floats, Floats]:
+    centres = np.stack([g[names == k].mean(0) for k in np.unique(names)])
+    which = np.searchsorted(np.unique(names), names)
+    gap = g - centres[which]
+    cov = gap.T @ gap / len(g)
+    cov = (1.0 - shrink) * cov + shrink * np.eye(g.shape[1]) * (np.trace(cov) / g.shape[1] + 1e-9)
+    return centres, np.linalg.inv(cov)
+
+
+def _as_domain(centres: Floats, precision: Floats, threshold: float) -> Domain:
+    def rows(x: Floats) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(float(f"{v:.6g}") for v in row) for row in x)
+
+    return Domain(centres=rows(centres), precision=rows(precision), threshold=threshold)
+
+
+def fit_card(
+    data: Uncapped,
+    cost_order: Sequence[str],
+    *,
+    weights: str,
+    dataset: str,
+    stream: str,
+    best_plan: Mapping[str, str] | None = None,
+    cut: CutDecode | None = None,
+    tolerance: float = 0.005,
+    plan_tolerance: float = 0.0,
+    min_plan_rows: int = 20,
+) -> tuple[Card, dict[str, Any]]:
+    """Fit everything on one calibration split.
+
+    weights: fingerprint of the heads; cost_order: from the training labels; best_plan: per family, chosen on val.
+    Confidence counts as calibrated only under plans with at least `min_plan_rows` chosen rows here (or all plans that
+    were chosen, when none has as many). Returns the card and a report with the numbers before and after scaling.
+    """
+    tau = fit_plan_threshold(data, cost_order, plan_tolerance)
+    order = [data.plans.index(p) for p in cost_order]
+    plan = first_reaching(data.plan_probs, order, tau)
+    point = fit_operating(data, plan, cut, tolerance)
+    fit_raw, fit_used = _needs(data, plan)
+    tested = conformal_offset(fit_raw, fit_used, 0.90)
+    before = data.at(plan)(data.conf_before)
+    t_before, t_after = fit_temperature(before, point.correct), fit_temperature(point.conf_after, point.correct)
+    chosen = {data.plans[k]: int((plan == k).sum()) for k in range(len(data.plans))}
+    fitted = [p for p, n in chosen.items() if n >= min_plan_rows] or [p for p, n in chosen.items() if n]
+    g = data.g[np.arange(len(plan)), plan]
+    groups = _groups(data, plan)
+    card = Card(
+        weights=weights,
+        plans=data.plans,
+        cost_order=tuple(cost_order),
+        plan_threshold=tau,
+        temperature=Temperatures(before=t_before, after=t_after),
+        budget_clip=BudgetClip(tested_offset=tested, level=point.level, operating_offset=point.offset, n=len(fit_used)),
+        domain=fit_domain(g, groups) if len(g) >= 4 else None,
+        fitted_plans=tuple(fitted),
+        best_plan=dict(best_plan or {}),
+        fitted=Fitted(
+            dataset=dataset,
+            stream=stream,
+            n=len(plan),
+            before=quality(sigmoid(before / t_before), point.correct),
+            after=quality(sigmoid(point.conf_after / t_after), point.correct),
+        ),
+    )
+    uncapped = data.at(plan)
+    report = {
+        "plan_threshold": tau,
+        "plan_share": {k: n / len(plan) for k, n in chosen.items()},
+        "accuracy_uncapped": float(uncapped(data.correct).mean()),
+        "accuracy": float(point.correct.mean()),
+        "accuracy_best_fixed": best_fixed_accuracy(data),
+        "clip_level": point.level,
+        "clip_loss": point.loss,
+        "clip_coverage": metrics.coverage(clip_tokens(fit_raw, tested), fit_used),
+        "think_tokens_mean": float(np.minimum(uncapped(data.used), point.caps).mean()),
+        "unscaled": {
+            "before": quality(sigmoid(before), point.correct).model_dump(),
+            "after": quality(sigmoid(point.conf_after), point.correct).model_dump(),
+        },
+    }
+    return card, report
+
+
+def quality(prob: Floats, correct: Bools) -> Quality:
+    """ECE, Brier and AUROC (None when one class is missing) of probabilities [N]."""
+    area = metrics.auroc(prob, correct)
+    return Quality(
+        n=len(prob),
+        ece=metrics.ece(prob, correct),
+        brier=metrics.brier(prob, correct),
+        auroc=None if math.isnan(area) else area,
+    )

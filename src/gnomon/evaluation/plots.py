@@ -1,0 +1,196 @@
+"""The charts of a report as matplotlib figures. matplotlib is an optional extra (`plots`)."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from gnomon.base.errors import ConfigError
+from gnomon.evaluation import metrics
+from gnomon.evaluation.records import EvalRecord
+from gnomon.evaluation.sweep import Sweep
+
+INK, MUTED, GRID = "#1f2430", "#6b7280", "#e6e8ee"
+COLOURS: Final[tuple[str, ...]] = (
+    "#3b6fd4",
+    "#e07b39",
+    "#2a9d78",
+    "#9b5fc0",
+    "#c2413f",
+    "#8a7a2f",
+    "#4aa3c7",
+    "#555b6e",
+)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot without a display. Raises ConfigError naming the extra when it is absent."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("charts need matplotlib; install it with: pip install 'gnomon[plots]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 10.5,
+            "axes.edgecolor": MUTED,
+            "axes.labelcolor": INK,
+            "axes.titlesize": 12,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": GRID,
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+            "text.color": INK,
+            "legend.frameon": False,
+            "figure.dpi": 100,
+        }
+    )
+    return plt
+
+
+def png(figure: Any) -> bytes:
+    """A figure as PNG bytes; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140, bbox_inches="tight", facecolor="white")
+    pyplot().close(figure)
+    return buffer.getvalue()
+
+
+def quality_vs_budget(sweep: Sweep) -> Any:
+    """Accuracy against mean think tokens: one line per strategy, the upper hull, the policies, the no-think floor."""
+    figure, ax = pyplot().subplots(figsize=(8.2, 4.6))
+    for i, strategy in enumerate(sweep.strategies):
+        points = [sweep.point(strategy, b) for b in sweep.budgets]
+        x, y = [p.tokens for p in points], [p.accuracy for p in points]
+        low = [p.accuracy - p.accuracy_ci[0] for p in points]
+        high = [p.accuracy_ci[1] - p.accuracy for p in points]
+        colour = COLOURS[i % len(COLOURS)]
+        ax.errorbar(
+            x, y, yerr=[low, high], color=colour, lw=1.8, marker="o", ms=4, elinewidth=0.8, alpha=0.9, label=strategy
+        )
+    hull = sweep.frontier()
+    ax.plot([t for t, _ in hull], [a for _, a in hull], color=INK, lw=1.2, ls="--", label="frontier")
+    ax.axhline(sweep.no_think(), color=MUTED, lw=1, ls=":", label="no thinking")
+    for i, (name, policy) in enumerate(sweep.extra.items()):
+        ax.plot(
+            policy["tokens"], policy["accuracy"], ls="", marker="*D^sP"[i % 5], ms=15 if i == 0 else 8,
+            color=COLOURS[(4 + i) % len(COLOURS)], mec="white", label=name, zorder=5,
+        )  # fmt: skip
+    ax.set_xscale("symlog", linthresh=4)
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    top = max((p.tokens for p in sweep.points), default=1.0)
+    ax.set_xlim(-0.4, top * 1.3 + 1)
+    ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0]), top=min(1.02, ax.get_ylim()[1] + 0.03))
+    ax.set_xlabel("mean think tokens")
+    ax.set_ylabel("accuracy")
+    ax.set_title("Quality against budget")
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def predicted_vs_needed(records: Sequence[EvalRecord]) -> Any:
+    """Predicted budget (before clipping) against need in the uncapped pass; correct solutions that think."""
+    rows = [r for r in records if r.needed is not None and r.needed_correct and r.budget_predicted is not None]
+    rows = [r for r in rows if r.plan != "direct"]
+    figure, ax = pyplot().subplots(figsize=(5.8, 5.0))
+    for i, plan in enumerate(sorted({r.plan for r in rows})):
+        part = [r for r in rows if r.plan == plan]
+        x, y = [r.needed or 0 for r in part], [max(r.budget_predicted or 0.0, 0.0) for r in part]
+        ax.scatter(x, y, s=11, alpha=0.45, color=COLOURS[(1 + i) % len(COLOURS)], lw=0, label=plan)
+    top = max([1.0] + [max(r.needed or 0, r.budget_predicted or 0.0) for r in rows]) * 1.25
+    ax.plot([0, top], [0, top], color=INK, lw=1, ls="--")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda v, _: f"{v:g}")
+    ax.set_xscale("symlog", linthresh=8)
+    ax.set_yscale("symlog", linthresh=8)
+    ax.set_xlim(0, top)
+    ax.set_ylim(0, top)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda v, _: f"{v:g}")
+    ax.set_xlabel("needed think tokens (uncapped)")
+    ax.set_ylabel("predicted think tokens")
+    corr = metrics.budget_corr([r.budget_predicted or 0.0 for r in rows], [r.needed or 0 for r in rows])
+    ax.set_title("Predicted against needed" + ("" if math.isnan(corr) else f"   r = {corr:.2f}"))
+    if rows:
+        ax.legend(loc="upper left", markerscale=2)
+    return figure
+
+
+def reliability(records: Sequence[EvalRecord]) -> Any:
+    """Reliability diagrams of confidence before and after thinking; 10 bins of equal mass with Wilson bars."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(9.2, 4.5), sharey=True)
+    for ax, name, title in ((axes[0], "conf_before", "before thinking"), (axes[1], "conf_after", "after thinking")):
+        rows = [r for r in records if getattr(r, name) is not None]
+        prob, right = [getattr(r, name) for r in rows], [r.correct for r in rows]
+        ax.plot([0, 1], [0, 1], color=MUTED, lw=1, ls="--")
+        bins = metrics.reliability(prob, right) if rows else []
+        if bins:
+            x, y = [b[0] for b in bins], [b[1] for b in bins]
+            bars = [metrics.wilson(round(c * n), n) for _, c, n in bins]
+            error = [[max(0.0, c - lo) for c, (lo, _) in zip(y, bars, strict=True)],
+                     [max(0.0, hi - c) for c, (_, hi) in zip(y, bars, strict=True)]]  # fmt: skip
+            ax.errorbar(x, y, yerr=error, color=COLOURS[0], marker="o", ms=5, lw=1.6, elinewidth=0.9)
+        area = metrics.auroc(prob, right) if rows else math.nan
+        value = metrics.ece(prob, right) if rows else math.nan
+        ax.set_title(f"Confidence {title}")
+        ax.text(0.03, 0.93, f"ECE {value:.3f}   AUROC {area:.3f}   n {len(rows)}", transform=ax.transAxes, color=MUTED)
+        ax.set_xlim(0, 1)
+        ax.set_ylim(0, 1)
+        ax.set_xlabel("stated probability")
+    axes[0].set_ylabel("share correct")
+    return figure
+
+
+def alpha_by_layer(alpha: Mapping[str, Sequence[float]]) -> Any:
+    """Mean aggregator weight of every layer, one row per site (heat map with the numbers)."""
+    names = list(alpha)
+    table = np.array([list(alpha[n]) for n in names], dtype=np.float64)
+    width = max(5.0, min(12.0, 0.55 * table.shape[1] + 2.0))
+    figure, ax = pyplot().subplots(figsize=(width, 0.6 * len(names) + 1.5))
+    image = ax.imshow(table, aspect="auto", cmap="Blues", vmin=0.0, vmax=max(float(table.max()), 2.0 / table.shape[1]))
+    ax.set_yticks(range(len(names)), names)
+    step = max(1, table.shape[1] // 16)
+    ax.set_xticks(range(0, table.shape[1], step))
+    ax.grid(visible=False)
+    if table.shape[1] <= 16:
+        for i, row in enumerate(table):
+            for j, v in enumerate(row):
+                shade = "white" if v > 0.6 * image.get_clim()[1] else INK
+                ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=8, color=shade)
+    ax.set_xlabel("layer")
+    ax.set_title("Which layers are trusted (mean α)")
+    figure.colorbar(image, ax=ax, fraction=0.03, pad=0.02)
+    return figure
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """One small chart per metric of a training log; rows hold `step` and slash names. At most 9 charts."""
+    names = sorted(
+        {k for r in rows for k, v in r.items() if k not in ("step", "time") and isinstance(v, (int, float))}
+    )[:9]
+    columns = min(3, max(1, len(names)))
+    lines = max(1, math.ceil(len(names) / columns))
+    figure, axes = pyplot().subplots(lines, columns, figsize=(4.0 * columns, 2.5 * lines), squeeze=False)
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    for ax, name in zip(axes.flat, names, strict=False):
+        points = [
+            (r["step"], r[name]) for r in rows if isinstance(r.get(name), (int, float)) and math.isfinite(r[name])
+        ]
+        ax.plot([p[0] for p in points], [p[1] for p in points], color=COLOURS[0], lw=1.5)
+        ax.set_title(name, fontsize=10)
+    figure.supxlabel("step", color=MUTED, fontsize=10)
+    figure.tight_layout()
+    return figure
