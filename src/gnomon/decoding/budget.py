@@ -1,0 +1,362 @@
+"""The budget controller: a pure state machine over token ids. No model, no text, O(1) per token.
+
+States. idle: no block open yet. counting: inside a block. slack: inside a block under a cap that a soft rule lowered.
+forcing: the rest of the end tag is being forced. closed: the block is closed, the answer runs.
+
+Counting (budget-rules.md, decisions.md §5)
+  * A think token is a token sampled (or prefilled) strictly between start tag and end tag. Tags, forced tokens and the
+    tokens in `lead` (the newline of a template) are not counted; forced tokens are counted apart.
+  * Budget B allows exactly B of them. With B used the model is still evaluated: if its own choice is the end tag the
+    cause is `natural`, otherwise the close is forced and the cause is that of the cap. Where nothing is left when a
+    block opens (B = 0, or a second block in a turn) it closes at once, cause `hard`.
+  * The tokens of an end tag of several tokens are held while it is incomplete: they count as think tokens only once
+    the model leaves the tag. If the cap would be broken by leaving it, the rest of the begun tag is forced instead.
+    The held tokens then belong to the tag, so such a cut may show fewer than B used, never more.
+  * A start tag inside an open block is an ordinary, counted token. An end-of-sequence token inside a block closes the
+    block (the end tag is forced in its place) with cause `natural`: the model had finished of its own accord.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from gnomon.base.errors import BudgetError, TagError
+from gnomon.protocol.match import matcher
+from gnomon.protocol.tags import StopCause
+
+Phase = Literal["idle", "counting", "slack", "forcing", "closed"]
+Scope = Literal["block", "turn", "tool_loop", "session"]
+Origin = Literal["sampled", "prefilled", "forced", "tool"]
+SoftCause = Literal["slack", "confidence", "loop", "user"]
+
+
+class Action(NamedTuple):
+    """What happens with the next position: the model's choice stands, another token is forced, or decoding stops."""
+
+    kind: Literal["continue", "force", "stop"]
+    token: int
+
+
+class Mark(NamedTuple):
+    """A point to rewind to (see `BudgetState.mark`)."""
+
+    phase: Phase
+    used: int
+    total: int
+    forced: int
+    blocks: int
+    cause: StopCause | None
+    inner: tuple[int, int, int, int, int, tuple[int, ...], StopCause | None]
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetConfig:
+    """The rule for one request.
+
+    think, end: ids of the start and end tag (one or several tokens). end_also: other spellings that close as well.
+    budget: hard cap in think tokens (None: no cap asked). limit: what the context leaves; reaching it is `limit`.
+    scope: what the budget covers. transition: ids forced before the end tag at a cut. lead: ids that a template adds
+    behind the start tag. eos: ids that end the sequence.
+    Raises BudgetError / TagError on values that cannot be kept.
+    """
+
+    think: tuple[int, ...]
+    end: tuple[int, ...]
+    budget: int | None = None
+    limit: int | None = None
+    scope: Scope = "turn"
+    transition: tuple[int, ...] = ()
+    lead: tuple[int, ...] = ()
+    eos: tuple[int, ...] = ()
+    end_also: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        check_budget(self.limit)
+        if self.scope not in get_args(Scope):
+            raise BudgetError(f"unknown budget scope {self.scope!r}; write one of {', '.join(get_args(Scope))}")
+        if not self.think or not self.end:
+            raise TagError(f"start and end tag need at least one token; given {self.think!r} and {self.end!r}")
+        if self.think == self.end:
+            raise TagError(f"start and end tag are the same ids {self.think!r}; a block could never be closed")
+        rule, state = matcher(self.end, *self.end_also), 0
+        for token in self.transition + self.end[:-1]:
+            state = rule.step(state, token)
+            if rule.hit[state] is not None:
+                raise TagError(
+                    f"the transition {self.transition!r} already contains the end tag {self.end!r}; "
+                    "leave the tag out, it is appended"
+                )
+
+    @property
+    def cap(self) -> int | None:
+        """The binding number of think tokens, None when there is none."""
+        both = [n for n in (self.budget, self.limit) if n is not None]
+        return min(both) if both else None
+
+    @property
+    def cap_cause(self) -> StopCause:
+        """What a close at the cap is called: `hard`, or `limit` where only the context ends the block."""
+        if self.budget is None:
+            return "limit"
+        return "hard" if self.limit is None or self.budget <= self.limit else "limit"
+
+
+def check_budget(budget: object) -> None:
+    """Refuse what is not None or a whole number ≥ 0."""
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise BudgetError(f"a budget is a whole number of think tokens or none; given {budget!r}")
+    if budget < 0:
+        raise BudgetError(f"a budget cannot be negative; given {budget}. Write 0 to answer without thinking.")
+
+
+class BudgetState:
+    """The running state of one request. It belongs to a request, never to a batch row.
+
+    Ask `next(choice)` with the model's choice, then `advance(action.token)`. `step` does both. The model need not be
+    sampled while `needs_choice` is False. `banned()` are ids that must not be sampled now.
+    """
+
+    __slots__ = (
+        "_after_cause", "_at", "_end", "_end_rule", "_from", "_lead", "_queue", "_start", "_start_rule",
+        "blocks", "cap", "cap_cause", "cause", "config", "forced", "phase", "total", "used",
+    )  # fmt: skip
+
+    def __init__(self, config: BudgetConfig) -> None:
+        self.config = config
+        self.phase: Phase = "idle"
+        self.cap = config.cap
+        self.cap_cause: StopCause = config.cap_cause
+        self.used = 0  # drawn on the cap; in scope `block` only the current block
+        self.total = 0  # think tokens of all blocks
+        self.forced = 0
+        self.blocks = 0
+        self.cause: StopCause | None = None
+        self._end_rule = matcher(config.end, *config.end_also)
+        self._start_rule = matcher(config.think)
+        self._end = 0  # matcher states
+        self._start = 0
+        self._from = 0  # `used` when the open block began
+        self._lead = 0
+        self._queue: tuple[int, ...] = ()
+        self._at = 0
+        self._after_cause: StopCause | None = None
+
+    # -- reading ------------------------------------------------------------------------------------------------
+    @property
+    def open(self) -> bool:
+        """Whether the position is inside a think block (its end tag not complete)."""
+        return self.phase in ("counting", "slack", "forcing")
+
+    @property
+    def held(self) -> int:
+        """Tokens of a begun end tag, not yet counted."""
+        return self._end_rule.depth[self._end] if self.phase in ("counting", "slack") else 0
+
+    @property
+    def left(self) -> int | None:
+        """Think tokens still allowed, None without a cap."""
+        return None if self.cap is None else max(0, self.cap - self.used)
+
+    @property
+    def needs_choice(self) -> bool:
+        """False where the next token is decided whatever the model would choose."""
+        return not (self.phase == "forcing" or self._must_close())
+
+    def banned(self) -> tuple[int, ...]:
+        """Ids that would complete an end tag where no block is open: masked in the answer."""
+        return () if self.open else self._end_rule.enders[self._end]  # type: ignore[return-value]
+
+    # -- deciding -----------------------------------------------------------------------------------------------
+    def next(self, choice: int) -> Action:
+        """What becomes of the model's `choice`. May enter `forcing`; asking again gives the same answer."""
+        phase = self.phase
+        if phase == "counting" or phase == "slack":
+            if self._must_close():
+                self._force(self.cap_cause)
+            elif choice in self.config.eos:
+                self._force("natural")
+            elif not self._fits(choice):
+                self._force(self.cap_cause)
+            else:
+                return Action("continue", choice)
+        elif phase != "forcing":
+            if self.cause == "user" or choice in self.config.eos:
+                return Action("stop", choice)
+            return Action("continue", choice)
+        return Action("force", self._queue[self._at])
+
+    def advance(self, token: int, origin: Origin = "sampled") -> None:
+        """Take one token of the sequence, in order. In `forcing` it must be the token that `next` named."""
+        if self.phase == "forcing":
+            self._advance_forced(token)
+        elif self.phase == "counting" or self.phase == "slack":
+            self._advance_open(token, origin)
+        else:
+            self._start = 0 if origin == "tool" else self._start_rule.step(self._start, token)
+            self._end = 0 if origin == "tool" else self._end_rule.step(self._end, token)
+            if self._start_rule.hit[self._start] is not None:
+                self._open_block()
+
+    def step(self, choice: int) -> Action:
+        """`next`, then `advance` with what it decided."""
+        action = self.next(choice)
+        if action.kind != "stop":
+            self.advance(action.token)
+        return action
+
+    def prefill(self, ids: tuple[int, ...] | list[int], turn_start: int | None = None) -> None:
+        """Take the prompt. Blocks before `turn_start` belong to old turns and change nothing.
+
+        Without `turn_start` only an unclosed block at the end of the prompt belongs to this turn (opened by the
+        template, or resumed); its tokens count. With it, closed blocks behind it count as well.
+        """
+        if turn_start is None:
+            turn_start = self._open_tail(ids)
+        for token in ids[turn_start:]:
+            self.advance(token, "prefilled")
+
+    def lower_cap(self, cap: int, cause: SoftCause) -> bool:
+        """The entrance of the soft layer: bring the close nearer. Returns whether the cap fell; it never rises."""
+        check_budget(cap)
+        if cause not in get_args(SoftCause):
+            raise BudgetError(f"a soft rule closes with one of {', '.join(get_args(SoftCause))}; given {cause!r}")
+        if self.cap is not None and cap >= self.cap:
+            return False
+        self.cap, self.cap_cause = cap, cause
+        if self.phase == "counting":
+            self.phase = "slack"
+        return True
+
+    def cancel(self) -> None:
+        """The user left: no token follows, cause `user`."""
+        self.phase, self.cause = "closed", "user"
+        self._queue, self._at = (), 0
+
+    def close_now(self, cause: StopCause = "natural") -> None:
+        """Force the end tag from the next token on (the strategy, not the budget, ends the block)."""
+        if self.phase in ("counting", "slack"):
+            self._force(cause)
+
+    def new_turn(self, tool_result: bool = False) -> None:
+        """A new assistant turn in the same conversation. Scope `session` keeps what was used; `tool_loop` keeps it
+        while turns are joined by tool results."""
+        keep = self.config.scope == "session" or (self.config.scope == "tool_loop" and tool_result)
+        used = self.used if keep else 0
+        cap, cause = self.cap, self.cap_cause
+        self.__init__(self.config)  # type: ignore[misc]
+        self.used = used
+        if keep:
+            self.cap, self.cap_cause = cap, cause
+
+    # -- clone and rewind ---------------------------------------------------------------------------------------
+    def clone(self) -> BudgetState:
+        """An independent copy, O(1)."""
+        other = BudgetState.__new__(BudgetState)
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
+        return other
+
+    def mark(self) -> Mark:
+        """The present point, for `rewind`."""
+        inner = (self._end, self._start, self._from, self._lead, self._at, self._queue, self._after_cause)
+        return Mark(self.phase, self.used, self.total, self.forced, self.blocks, self.cause, inner)
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to `mark`. The cap stays as low as it has become: within a request it only falls."""
+        self.phase, self.used, self.total, self.forced, self.blocks, self.cause, inner = mark
+        self._end, self._start, self._from, self._lead, self._at, self._queue, self._after_cause = inner
+
+    # -- inside -------------------------------------------------------------------------------------------------
+    def _must_close(self) -> bool:
+        if self.cap is None or self.phase not in ("counting", "slack"):
+            return False
+        nothing_left = self.used == self.cap and self.used == self._from and self._end == 0
+        return self.used > self.cap or nothing_left
+
+    def _fits(self, choice: int) -> bool:
+        if self.cap is None:
+            return True
+        rule = self._end_rule
+        state = rule.step(self._end, choice)
+        hit = rule.hit[state]
+        kept = rule.depth[state] if hit is None else hit[1]
+        return self.used + rule.depth[self._end] + 1 - kept <= self.cap
+
+    def _force(self, cause: StopCause) -> None:
+        begun = self._end
+        if begun:
+            self._queue = self._end_rule.rest[begun]  # type: ignore[assignment]
+        elif cause == "natural":
+            self._queue = self.config.end
+        else:
+            self._queue = self.config.transition + self.config.end
+        self._at, self._after_cause, self.phase = 0, cause, "forcing"
+
+    def _advance_forced(self, token: int) -> None:
+        if token != self._queue[self._at]:
+            raise BudgetError(f"token {self._queue[self._at]} must be forced here, but {token} was appended")
+        self.forced += 1
+        self._at += 1
+        if self._at == len(self._queue):
+            self._close(self._after_cause)
+
+    def _advance_open(self, token: int, origin: Origin) -> None:
+        rule = self._end_rule
+        held = rule.depth[self._end]
+        if origin == "tool":
+            if self.cap is not None and self.used + held > self.cap:
+                raise BudgetError("a tool result cannot be inserted into an end tag that the model has begun")
+            self._count(held)
+            self._end = 0
+            self.forced += 1
+            return
+        if origin == "prefilled" and 0 <= self._lead < len(self.config.lead):
+            if token == self.config.lead[self._lead]:
+                self._lead += 1
+                return
+        self._lead = len(self.config.lead)
+        state = rule.step(self._end, token)
+        hit = rule.hit[state]
+        fresh = held + 1 - (rule.depth[state] if hit is None else hit[1])
+        if origin == "forced":
+            self.forced += 1
+            fresh = max(0, fresh - 1)
+        self._count(fresh)
+        self._end = state
+        if hit is not None:
+            self._close("natural")
+
+    def _count(self, n: int) -> None:
+        self.used += n
+        self.total += n
+
+    def _open_block(self) -> None:
+        if self.config.scope == "block":
+            self.used = 0
+        self.phase = "counting" if self.cap_cause in ("hard", "limit") else "slack"
+        self.cause = None
+        self.blocks += 1
+        self._from, self._lead, self._end, self._start = self.used, 0, 0, 0
+
+    def _close(self, cause: StopCause | None) -> None:
+        self.phase, self.cause = "closed", cause
+        self._queue, self._at, self._end, self._start = (), 0, 0, 0
+
+    def _open_tail(self, ids: tuple[int, ...] | list[int]) -> int:
+        """Where the unclosed block at the end of `ids` begins, len(ids) when there is none."""
+        start = end = 0
+        inside: int | None = None
+        for at, token in enumerate(ids):
+            if inside is None:
+                start = self._start_rule.step(start, token)
+                if self._start_rule.hit[start] is not None:
+                    inside, start, end = at + 1 - len(self.config.think), 0, 0
+            else:
+                end = self._end_rule.step(end, token)
+                if self._end_rule.hit[end] is not None:
+                    inside, start, end = None, 0, 0
+        return len(ids) if inside is None else inside
