@@ -14,7 +14,7 @@ from gnomon.tasks.procedural import problems, resolve_tasks
 from gnomon.tasks.verifiers import verify
 
 needs_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym not installed")
-NAMES = ["chain_sum", "letter_counting", "countdown", "prime_factorization", "calendar_arithmetic"]
+NAMES = ["chain_sum", "letter_counting", "countdown", "prime_factorization", "kakurasu", "gsm_symbolic", "tsumego"]
 
 
 @needs_gym
@@ -22,7 +22,7 @@ NAMES = ["chain_sum", "letter_counting", "countdown", "prime_factorization", "ca
 def test_gold_passes_and_garbage_fails(name: str) -> None:
     for problem in problems(f"gym:{name}", "test", "t1", 5):
         assert verify(problem, problem.answer).correct
-        for bad in ("", "zzz", "[]", problem.answer + " or 7", "the answer is " + problem.answer, "x" * 5000):
+        for bad in ("", "zzz", f"{problem.answer} zzz", "[]", problem.answer + " or 7", "the answer is " + problem.answer, "x" * 5000):
             assert not verify(problem, bad).correct, (problem.prompt, bad)
 
 

@@ -94,7 +94,7 @@ def _levels(name: str) -> tuple[int, ...]:
     found = []
     for level in range(1, min(5, highest) + 1):
         with contextlib.suppress(AssertionError, ValueError):
-            _config(name, level, 1).validate()
+            getattr(_config(name, level, 1), "validate", bool)()  # two datasets have none
             found.append(level)
     return tuple(found)
 
@@ -186,7 +186,9 @@ def check(problem: Problem, text: str) -> Verdict:
     dataset, entry = _item(name, problem.level, int(problem.data["seed"]))
     if _score(dataset, body, entry) < 1.0:
         return Verdict(False, "wrong", body[:200])
-    probes = [p for p in _PROBES if not safe or safe.fullmatch(p)]
-    if any(_score(dataset, p, entry) >= 1.0 for p in probes if p != body and p != problem.answer.strip()):
+    gold = problem.answer.strip()
+    # Full marks for garbage, or for the gold with garbage around it (kakurasu, survo, gsm_symbolic): not a strict scorer.
+    probes = [*_PROBES, f"answer: {gold}", f"{gold} zzz"]
+    if any(_score(dataset, p, entry) >= 1.0 for p in probes if p != gold and (not safe or safe.fullmatch(p))):
         return Verdict(False, "audit", body[:200])
     return Verdict(True, "ok", body[:200])
