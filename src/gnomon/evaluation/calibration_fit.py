@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gnomon.base.errors import DataError
+from gnomon.base.seeds import numpy_generator
 from gnomon.evaluation import metrics
 from gnomon.metacognition.calibration import (
     BudgetClip,
@@ -189,7 +190,7 @@ def fit_domain(g: Floats, groups: Sequence[str], quantile: float = 0.99, shrink:
     names = np.asarray(groups)
     if len(g) < 4:
         raise DataError(f"the domain of a card needs at least 4 rows, got {len(g)}")
-    fold = np.random.default_rng(seed).permutation(len(g)) % 2
+    fold = numpy_generator("domain-folds", seed).permutation(len(g)) % 2
     far = np.zeros(len(g))
     for side in (0, 1):
         centres, precision = _gaussian(g[fold != side], names[fold != side], shrink)
@@ -271,23 +272,28 @@ def fit_card(
             after=quality(sigmoid(point.conf_after / t_after), point.correct),
         ),
     )
-    uncapped = data.at(plan)
-    report = {
+    report = _report(data, plan, point, chosen) | {
         "plan_threshold": tau,
-        "plan_share": {k: n / len(plan) for k, n in chosen.items()},
-        "accuracy_uncapped": float(uncapped(data.correct).mean()),
-        "accuracy": float(point.correct.mean()),
-        "accuracy_best_fixed": best_fixed_accuracy(data),
-        "clip_level": point.level,
-        "clip_loss": point.loss,
         "clip_coverage": metrics.coverage(clip_tokens(fit_raw, tested), fit_used),
-        "think_tokens_mean": float(np.minimum(uncapped(data.used), point.caps).mean()),
         "unscaled": {
             "before": quality(sigmoid(before), point.correct).model_dump(),
             "after": quality(sigmoid(point.conf_after), point.correct).model_dump(),
         },
     }
     return card, report
+
+
+def _report(data: Uncapped, plan: Ints, point: OperatingPoint, chosen: Mapping[str, int]) -> dict[str, Any]:
+    pick = data.at(plan)
+    return {
+        "plan_share": {k: n / len(plan) for k, n in chosen.items()},
+        "accuracy_uncapped": float(pick(data.correct).mean()),
+        "accuracy": float(point.correct.mean()),
+        "accuracy_best_fixed": best_fixed_accuracy(data),
+        "clip_level": point.level,
+        "clip_loss": point.loss,
+        "think_tokens_mean": float(np.minimum(pick(data.used), point.caps).mean()),
+    }
 
 
 def quality(prob: Floats, correct: Bools) -> Quality:

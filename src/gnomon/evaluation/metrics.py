@@ -11,6 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gnomon.base.seeds import numpy_generator
+
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 
@@ -163,7 +165,7 @@ def bootstrap(
     n = len(data[0])
     if n == 0:
         return math.nan, math.nan
-    generator = np.random.default_rng(seed)
+    generator = numpy_generator("bootstrap", seed)
     values = []
     for _ in range(draws):
         rows = generator.integers(0, n, n)
@@ -180,7 +182,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, draws: int = 2000, seed: int =
     gap = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     if not len(gap):
         return math.nan, (math.nan, math.nan)
-    generator = np.random.default_rng(seed)
+    generator = numpy_generator("paired", seed)
     means = np.array([gap[generator.integers(0, len(gap), len(gap))].mean() for _ in range(draws)])
     return float(gap.mean()), (float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975)))
 

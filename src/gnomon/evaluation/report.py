@@ -15,21 +15,28 @@ from gnomon.evaluation.records import EvalRecord
 from gnomon.evaluation.sweep import Sweep
 
 _STYLE = """
-:root { color-scheme: light; --ink:#1f2430; --muted:#6b7280; --line:#e6e8ee; --card:#fff; --back:#f6f7fa; --accent:#3b6fd4; }
-* { box-sizing: border-box; }
-body { margin:0; background:var(--back); color:var(--ink); font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif; }
+:root { color-scheme:light; --ink:#1f2430; --muted:#6b7280; --line:#e6e8ee; --card:#fff; --back:#f6f7fa; }
+* { box-sizing:border-box; }
+body { margin:0; background:var(--back); color:var(--ink);
+  font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif; }
 main { max-width:1040px; margin:0 auto; padding:32px 20px 64px; }
-h1 { font-size:27px; margin:0 0 4px; letter-spacing:-.01em; } h2 { font-size:18px; margin:0 0 10px; }
-p.lead, .note { color:var(--muted); margin:0 0 14px; } .note { font-size:13.5px; margin:8px 0 0; }
-section { background:var(--card); border:1px solid var(--line); border-radius:12px; padding:20px 22px; margin:18px 0; overflow-x:auto; }
+h1 { font-size:27px; margin:0 0 4px; letter-spacing:-.01em; }
+h2 { font-size:18px; margin:0 0 10px; }
+p.lead, .note { color:var(--muted); margin:0 0 14px; }
+.note { font-size:13.5px; margin:8px 0 0; }
+section, .tile { background:var(--card); border:1px solid var(--line); border-radius:12px; }
+section { padding:20px 22px; margin:18px 0; overflow-x:auto; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:20px 0; }
-.tile { background:var(--card); border:1px solid var(--line); border-radius:12px; padding:14px 16px; }
-.tile b { display:block; font-size:23px; letter-spacing:-.02em; } .tile span { color:var(--muted); font-size:13px; }
+.tile { padding:14px 16px; }
+.tile b { display:block; font-size:23px; letter-spacing:-.02em; }
+.tile span { color:var(--muted); font-size:13px; }
 table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; font-size:14px; }
-th { text-align:left; color:var(--muted); font-weight:600; border-bottom:2px solid var(--line); padding:6px 12px 6px 0; }
-td { border-bottom:1px solid var(--line); padding:6px 12px 6px 0; } td.n, th.n { text-align:right; }
+th, td { border-bottom:1px solid var(--line); padding:6px 12px 6px 0; }
+th { text-align:left; color:var(--muted); font-weight:600; border-bottom-width:2px; }
+td.n, th.n { text-align:right; }
 img { max-width:100%; height:auto; display:block; margin:0 auto; }
-.ok { color:#20794f; font-weight:600; } .bad { color:#b3362f; font-weight:600; }
+.ok { color:#20794f; font-weight:600; }
+.bad { color:#b3362f; font-weight:600; }
 """
 
 
@@ -123,9 +130,13 @@ def _charts(data: ReportData) -> list[tuple[str, str, str, Callable[[], Any]]]:
 def _head(data: ReportData) -> str:
     s = data.summary
     wanted = (
-        ("accuracy", "accuracy", 1), ("think_tokens_mean", "think tokens, mean", 0), ("budget_corr", "budget correlation", 0),
-        ("budget_coverage", "coverage of the 90 % clip", 1), ("auroc", "AUROC after thinking", 0), ("ece", "ECE after thinking", 0),
-    )  # fmt: skip
+        ("accuracy", "accuracy", True),
+        ("think_tokens_mean", "think tokens, mean", False),
+        ("budget_corr", "budget correlation", False),
+        ("budget_coverage", "coverage of the 90 % clip", True),
+        ("auroc", "AUROC after thinking", False),
+        ("ece", "ECE after thinking", False),
+    )
     tiles = []
     for key, label, percent in wanted:
         if s.get(key) is None:
@@ -145,13 +156,15 @@ def _summary_tables(data: ReportData) -> list[Table]:
     s, tables = data.summary, []
     for key, title in (("by_task", "By task"), ("by_plan", "By strategy"), ("by_level", "By level")):
         if s.get(key):
-            rows = [
+            cells = [
                 (name, v["n"], v["accuracy"], interval(v["accuracy_ci"]), v["think_tokens_mean"])
                 for name, v in s[key].items()
             ]
-            tables.append(Table(title, (key[3:], "n", "accuracy", "95 %", "think tokens"), rows))
+            tables.append(Table(title, (key[3:], "n", "accuracy", "95 %", "think tokens"), cells))
     baselines = s.get("baselines") or {}
-    rows = [("confidence after thinking", s.get("auroc"), interval(s.get("auroc_ci")), s.get("ece"), s.get("brier"))]
+    rows: list[tuple[Any, ...]] = [
+        ("confidence after thinking", s.get("auroc"), interval(s.get("auroc_ci")), s.get("ece"), s.get("brier"))
+    ]
     before = (s.get("auroc_before"), interval(s.get("auroc_before_ci")), s.get("ece_before"), s.get("brier_before"))
     rows.append(("confidence before thinking", *before))
     rows += [

@@ -164,7 +164,7 @@ class Card(_Frozen):
         return sigmoid(np.asarray(raw, dtype=np.float64) / getattr(self.temperature, place))
 
     def choose_plan(self, probs: Floats) -> NDArray[np.int64]:
-        """Plan probabilities [N, K] (order of `plans`) -> index [N] of the first in cost order reaching the threshold."""
+        """Probabilities [N, K] (order of `plans`) -> index [N] of the first in cost order reaching the threshold."""
         return first_reaching(probs, [self.plans.index(p) for p in self.cost_order], self.plan_threshold)
 
     def clip_budget(self, raw: Floats, which: Literal["operating", "tested"] = "operating") -> NDArray[np.int64]:

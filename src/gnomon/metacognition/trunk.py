@@ -56,7 +56,7 @@ class PerLayerTrunk(nn.Module):
         """taps [N, L, C], site [N] int64, used [N] tokens -> [N, L, P]."""
         x = (taps.float() - self.mean[site]) / self.scale[site]
         x = x.clamp(-8.0, 8.0)
-        h = self.inp(x) * (1.0 + self.site_gain[site]).unsqueeze(1)
+        h = self.inp(self.drop(x)) * (1.0 + self.site_gain[site]).unsqueeze(1)
         h = h + self.layer_offset + self.site_offset[site].unsqueeze(1)
         h = h + torch.log1p(used.float().clamp_min(0.0))[:, None, None] * self.used_offset
         return self.norm(self.out(self.drop(nn.functional.gelu(h))))
