@@ -53,7 +53,7 @@ def test_publish_writes_manifest_latest_and_no_leftovers(tmp_path: Path) -> None
 
 def test_failure_while_writing_publishes_nothing(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    with pytest.raises(KeyboardInterrupt), ck.publish(tmp_path, 2) as folder:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), ck.publish(tmp_path, 2) as folder:
         (folder / "half").write_text("x")
         raise KeyboardInterrupt
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "latest"]

@@ -187,7 +187,7 @@ def check(problem: Problem, text: str) -> Verdict:
     if _score(dataset, body, entry) < 1.0:
         return Verdict(False, "wrong", body[:200])
     gold = problem.answer.strip()
-    # Full marks for garbage, or for the gold with garbage around it (kakurasu, survo, gsm_symbolic): not a strict scorer.
+    # Full marks for garbage, or for the gold with garbage around it (kakurasu, gsm_symbolic): not a strict scorer.
     probes = [*_PROBES, f"answer: {gold}", f"{gold} zzz"]
     if any(_score(dataset, p, entry) >= 1.0 for p in probes if p != gold and (not safe or safe.fullmatch(p))):
         return Verdict(False, "audit", body[:200])
