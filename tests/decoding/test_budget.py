@@ -187,9 +187,9 @@ def test_configs_that_cannot_be_kept_are_refused() -> None:
         config(1, end=(THINK,))
     with pytest.raises(TagError, match="at least one token"):
         config(1, end=())
+    state = opened(0)
+    state.next(5)
     with pytest.raises(BudgetError, match="must be forced"):
-        state = opened(0)
-        state.next(5)
         state.advance(5)
     with pytest.raises(BudgetError, match="soft rule"):
         opened(3).lower_cap(1, "hard")  # type: ignore[arg-type]

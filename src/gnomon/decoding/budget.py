@@ -314,10 +314,10 @@ class BudgetState:
             self._end = 0
             self.forced += 1
             return
-        if origin == "prefilled" and 0 <= self._lead < len(self.config.lead):
-            if token == self.config.lead[self._lead]:
-                self._lead += 1
-                return
+        lead = self.config.lead[self._lead : self._lead + 1]
+        if origin == "prefilled" and lead == (token,):
+            self._lead += 1
+            return
         self._lead = len(self.config.lead)
         state = rule.step(self._end, token)
         hit = rule.hit[state]

@@ -1,0 +1,114 @@
+"""Greedy, temperature, top-k and top-p sampling of a batch, every row with its own parameters and random stream.
+
+Legend: B rows · V vocabulary. A row's result depends on that row alone: one uniform number per (request, step) from a
+counter-based hash picks a token by the inverse of the row's cumulative distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gnomon.base import seeds
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+
+def stream_key(seed: int, request_id: str, sample: int) -> int:
+    """The 63-bit key of one sample's random stream."""
+    return seeds.derive("sampling", seed, request_id, sample)
+
+
+def uniforms(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) per row from keys and steps (uint64 [B]): splitmix64 of a counter, 52 bits."""
+    with np.errstate(over="ignore"):
+        x = keys + (steps + np.uint64(1)) * _GOLDEN
+        x = (x ^ (x >> np.uint64(30))) * _MIX1
+        x = (x ^ (x >> np.uint64(27))) * _MIX2
+        x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+@dataclass(frozen=True)
+class Params:
+    """Per-row settings as tensors on the logits' device. Build with `params`, narrow with `take`."""
+
+    temperature: Tensor  # [B] float32, 1 for greedy rows
+    top_k: Tensor  # [B] int64, V when off
+    top_p: Tensor  # [B] float32
+    greedy: Tensor  # [B] bool
+    keys: np.ndarray  # [B] uint64
+    all_greedy: bool
+    truncates: bool
+
+    def take(self, rows: Sequence[int]) -> Params:
+        """The settings of these rows."""
+        at = torch.tensor(list(rows), dtype=torch.int64, device=self.greedy.device)
+        return _params(
+            self.temperature[at], self.top_k[at], self.top_p[at], self.greedy[at], self.keys[np.asarray(rows, np.int64)]
+        )
+
+
+def params(
+    temperature: Sequence[float],
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    keys: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Params:
+    """Settings of B rows: temperature 0 = greedy, top_k 0 = off, top_p 1 = off; keys from `stream_key`."""
+    t = torch.tensor(temperature, dtype=torch.float32, device=device)
+    k = torch.tensor([k if k > 0 else 2**62 for k in top_k], dtype=torch.int64, device=device)
+    p = torch.tensor(top_p, dtype=torch.float32, device=device)
+    return _params(torch.where(t > 0, t, 1.0), k, p, t <= 0, np.asarray(keys, dtype=np.uint64))
+
+
+def _params(t: Tensor, k: Tensor, p: Tensor, greedy: Tensor, keys: np.ndarray) -> Params:
+    cut = ((k < 2**62) | (p < 1)) & ~greedy
+    return Params(t, k, p, greedy, keys, bool(greedy.all()), bool(cut.any()))
+
+
+def log_distribution(logits: Tensor, settings: Params) -> Tensor:
+    """Log-probs [B, V] float32 of the distribution that is sampled: temperature, top-k, then top-p (renormalised).
+
+    Greedy rows: temperature 1, no truncation. Truncated and masked tokens get -inf. Among equal logits the lower id
+    ranks first. At least one token stays.
+    """
+    scaled = logits / settings.temperature[:, None]
+    if settings.truncates:
+        order = scaled.argsort(dim=-1, descending=True, stable=True)
+        ranked = scaled.gather(1, order)
+        rank = torch.arange(ranked.shape[1], device=logits.device)
+        k = torch.where(settings.greedy, 2**62, settings.top_k)
+        p = torch.where(settings.greedy, 1.0, settings.top_p)
+        ranked = ranked.masked_fill(rank[None] >= k[:, None], -torch.inf)
+        probs = ranked.double().softmax(-1)
+        before = probs.cumsum(-1) - probs
+        drop = (before >= p[:, None].double()) & (p < 1)[:, None]
+        drop[:, 0] = False
+        ranked = ranked.masked_fill(drop, -torch.inf)
+        scaled = torch.empty_like(ranked).scatter_(1, order, ranked)
+    return scaled.log_softmax(-1)
+
+
+def sample(logits: Tensor, settings: Params, steps: np.ndarray, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """logits [B, V] float32, steps uint64 [B], mask bool [B, V] (True = never) -> ids int64 [B], log-probs [B]."""
+    if mask is not None:
+        logits = logits.masked_fill(mask, -torch.inf)
+    if settings.all_greedy:
+        ids = logits.argmax(-1)
+        return ids, logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+    logp = log_distribution(logits, settings)
+    cdf = logp.double().exp().cumsum(-1)
+    total = cdf[:, -1:]
+    u = torch.from_numpy(uniforms(settings.keys, steps)).to(logits.device)[:, None]
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    drawn = torch.searchsorted(cdf, target, right=True)[:, 0]
+    ids = torch.where(settings.greedy, logits.argmax(-1), drawn)
+    return ids, logp.gather(1, ids[:, None])[:, 0]
