@@ -437,9 +437,7 @@ def test_many_blocks_in_a_turn_share_one_budget_whatever_the_soft_layer_does(
 
 @settings(max_examples=300, deadline=None)
 @given(end=tags, budget=budgets, stream=streams, cut=st.integers(0, 120))
-def test_clone_and_rewind_change_nothing(
-    end: tuple[int, ...], budget: int | None, stream: list[int], cut: int
-) -> None:
+def test_clone_and_rewind_change_nothing(end: tuple[int, ...], budget: int | None, stream: list[int], cut: int) -> None:
     state = BudgetState(BudgetConfig(think=(4,), end=end, budget=budget))
     for choice in stream[:cut]:
         state.step(choice)

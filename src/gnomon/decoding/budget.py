@@ -122,7 +122,7 @@ class BudgetState:
 
     __slots__ = (
         "_after_cause", "_at", "_end", "_end_rule", "_from", "_lead", "_queue", "_start", "_start_rule",
-        "blocks", "cap", "cap_cause", "cause", "config", "forced", "phase", "total", "used",
+        "blocks", "cap", "cap_cause", "cause", "config", "forced", "phase", "tag_length", "total", "used",
     )  # fmt: skip
 
     def __init__(self, config: BudgetConfig) -> None:
@@ -135,6 +135,7 @@ class BudgetState:
         self.forced = 0
         self.blocks = 0
         self.cause: StopCause | None = None
+        self.tag_length = 0  # of the end tag that closed the last block
         self._end_rule = matcher(config.end, *config.end_also)
         self._start_rule = matcher(config.think)
         self._end = 0  # matcher states
@@ -166,9 +167,15 @@ class BudgetState:
         """False where the next token is decided whatever the model would choose."""
         return not (self.phase == "forcing" or self._must_close())
 
-    def banned(self) -> tuple[int, ...]:
-        """Ids that would complete an end tag where no block is open: masked in the answer."""
-        return () if self.open else self._end_rule.enders[self._end]  # type: ignore[return-value]
+    def banned(self, reopen: bool = True) -> tuple[int, ...]:
+        """Ids that would complete an end tag where no block is open: masked in the answer.
+
+        reopen=False: also those that would open another block.
+        """
+        if self.open:
+            return ()
+        ids: tuple[int, ...] = self._end_rule.enders[self._end]  # type: ignore[assignment]
+        return ids if reopen else ids + self._start_rule.enders[self._start]  # type: ignore[operator]
 
     # -- deciding -----------------------------------------------------------------------------------------------
     def next(self, choice: int) -> Action:
@@ -288,8 +295,10 @@ class BudgetState:
 
     def _force(self, cause: StopCause) -> None:
         begun = self._end
+        self.tag_length = len(self.config.end)
         if begun:
             self._queue = self._end_rule.rest[begun]  # type: ignore[assignment]
+            self.tag_length = self._end_rule.depth[begun] + len(self._queue)
         elif cause == "natural":
             self._queue = self.config.end
         else:
@@ -328,6 +337,7 @@ class BudgetState:
         self._count(fresh)
         self._end = state
         if hit is not None:
+            self.tag_length = hit[1]
             self._close("natural")
 
     def _count(self, n: int) -> None:

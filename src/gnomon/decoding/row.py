@@ -1,0 +1,260 @@
+"""One sample of one request while it is decoded. Everything about it lives here, nothing in a batch position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from gnomon.decoding.budget import BudgetConfig, BudgetState
+from gnomon.decoding.room import Room
+from gnomon.protocol.layout import Layout
+from gnomon.protocol.match import matcher
+from gnomon.protocol.tags import Role
+from gnomon.protocol.trace import Chunk, Finish, Region, Request, Source, Trace
+
+Decode = Callable[[Sequence[int]], str]
+Sink = Callable[[Chunk], None]
+
+
+class BudgetChoice(Protocol):
+    """What the metacognitive layer says at the think tag."""
+
+    @property
+    def predicted(self) -> float: ...
+    @property
+    def clipped(self) -> int: ...
+    @property
+    def confidence(self) -> float | None: ...
+    @property
+    def calibrated(self) -> bool: ...
+    @property
+    def raw(self) -> float: ...
+
+
+class AfterChoice(Protocol):
+    """What it says at the end tag."""
+
+    @property
+    def confidence(self) -> float | None: ...
+    @property
+    def calibrated(self) -> bool: ...
+    @property
+    def raw(self) -> float: ...
+
+
+class Row:
+    """The running record. The engine calls `begin`, then `take` once per step until `finish` is set."""
+
+    __slots__ = (
+        "_answer_rule",
+        "_answer_state",
+        "_eos",
+        "after",
+        "answer_end",
+        "answer_start",
+        "before",
+        "boundaries",
+        "effective",
+        "finish",
+        "ids",
+        "in_answer",
+        "key",
+        "layout",
+        "logprobs",
+        "max_answer",
+        "order",
+        "plan",
+        "plan_probs",
+        "queue",
+        "request",
+        "roles",
+        "room",
+        "sample",
+        "sink",
+        "source",
+        "state",
+        "tapped",
+        "taps",
+        "think_end",
+        "think_start",
+        "wished",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, sample: int, key: int, order: int, layout: Layout, room: Room) -> None:
+        self.request, self.sample, self.key, self.order = request, sample, key, order
+        self.layout, self.room = layout, room
+        self.max_answer = room.reserve if request.max_answer_tokens is None else request.max_answer_tokens
+        self.ids: list[int] = []
+        self.roles: list[Role] = []
+        self.logprobs: list[float] = []
+        self.plan = self.wished = request.plan
+        self.plan_probs: dict[str, float] | None = None
+        self.state: BudgetState
+        self.before: BudgetChoice | None = None
+        self.after: AfterChoice | None = None
+        self.source: Source = "requested"
+        self.effective = 0
+        self.queue: tuple[int, ...] = ()  # ids that the engine forces next, first one first
+        self.in_answer = False
+        self.finish: Finish | None = None
+        self.think_start = self.think_end = self.answer_start = self.answer_end = 0
+        self.taps: dict[str, Any] = {}
+        self.boundaries: list[tuple[int, Any]] = []
+        self.tapped = ""  # the site whose state is wanted when the present token is fed
+        self.sink: Sink | None = None
+        self._answer_rule = matcher(layout.end_answer)
+        self._answer_state = 0
+        self._eos = frozenset(layout.eos)
+
+    @property
+    def upper(self) -> int:
+        """Think tokens at most, known before any prediction."""
+        budget = self.request.budget
+        return min(budget, self.room.limit) if isinstance(budget, int) else self.room.limit
+
+    def begin(self, before: BudgetChoice | None) -> None:
+        """The block is open: settle the budget. effective = min(requested, clip(predicted), limit)."""
+        request, limit = self.request, self.room.limit
+        budget: int | None = request.budget if isinstance(request.budget, int) else None
+        self.source = "requested"
+        if before is not None and request.budget is not None:
+            free = isinstance(request.budget, int) and not request.use_prediction
+            if not free and (budget is None or before.clipped <= budget):
+                budget, self.source = before.clipped, "predicted"
+        if budget is None or budget > limit:
+            self.source = "limit"
+        self.effective = limit if budget is None else min(budget, limit)
+        self.before = before
+        layout = self.layout
+        self.state = BudgetState(
+            BudgetConfig(
+                think=layout.think,
+                end=layout.end_think,
+                budget=budget,
+                limit=limit,
+                transition=layout.transition,
+                eos=layout.eos,
+                end_also=layout.end_think_also,
+            )
+        )
+        for token in layout.think:
+            self.state.advance(token, "forced")
+        if self.plan in layout.empty_plans:
+            self.state.close_now()
+        self.think_start = len(self.ids)
+
+    def prefix(self) -> tuple[int, ...]:
+        """Plan and think tag, appended as forced."""
+        plan = self.layout.plan_ids(self.plan)
+        for token in plan:
+            self._append(token, 0.0, "forced", "plan")
+        for token in self.layout.think:
+            self._append(token, 0.0, "forced", "tag")
+        return plan + self.layout.think
+
+    def take(self, choice: int, logprob: float) -> int:
+        """The model chose `choice` here; returns the token that is fed next. Sets `finish` when nothing follows."""
+        self.tapped = ""
+        if self.queue:
+            token, self.queue = self.queue[0], self.queue[1:]
+            self._append(token, 0.0, "forced", "tag")
+            self.state.advance(token, "forced")
+            if not self.queue:
+                self.answer_start = self.answer_end = len(self.ids)
+            return token
+        if not self.in_answer:
+            return self._think(choice, logprob)
+        self._answer(choice, logprob)
+        return choice
+
+    def cancel(self) -> None:
+        """The user left."""
+        if self.state.open:
+            self.state.cancel()
+            self.think_end = self.answer_start = self.answer_end = len(self.ids)
+        self.finish = "user"
+
+    def _append(self, token: int, logprob: float, role: Role, region: Region) -> None:
+        self.ids.append(token)
+        self.roles.append(role)
+        self.logprobs.append(logprob)
+        if self.sink is not None:
+            self.sink(Chunk(self.request.id, self.sample, token, role, region))
+
+    def _think(self, choice: int, logprob: float) -> int:
+        state = self.state
+        kind, token = state.next(choice)
+        state.advance(token)
+        if kind == "continue":
+            self._append(token, logprob, "sampled", "think")
+            if token in self.layout.boundary:
+                self.tapped = "boundary"
+        else:
+            self._append(token, 0.0, "forced", "think")
+        if state.phase == "closed":
+            self.think_end = len(self.ids) - state.tag_length
+            self.in_answer = True
+            self.queue = self.layout.answer
+            self.tapped = "end"
+            self.answer_start = self.answer_end = len(self.ids)
+        return token
+
+    def _answer(self, choice: int, logprob: float) -> None:
+        if choice in self._eos:
+            self._append(choice, logprob, "sampled", "tag")
+            self.finish = "eos"
+            return
+        rule = self._answer_rule
+        state = self._answer_state = rule.step(self._answer_state, choice)
+        hit = rule.hit[state]
+        if hit is None and len(self.ids) + 1 - self.answer_start - rule.depth[state] > self.max_answer:
+            self.finish = "length"
+            return
+        self._append(choice, logprob, "sampled", "answer")
+        self.state.advance(choice)
+        self.answer_end = len(self.ids)
+        if hit is not None:
+            self.answer_end -= hit[1]
+            self.finish = "end"
+
+    def trace(self, decode: Decode | None, record_taps: bool) -> Trace:
+        """The finished record."""
+        request, state = self.request, self.state
+        assert self.finish is not None
+        think = tuple(self.ids[self.think_start : self.think_end])
+        answer = tuple(self.ids[self.answer_start : self.answer_end])
+        before, after = self.before, self.after
+        calibrated = before is not None and before.calibrated and self.source == "predicted"
+        calibrated = calibrated and (after is None or after.calibrated)
+        return Trace(
+            id=request.id,
+            sample=self.sample,
+            prompt_ids=request.prompt_ids,
+            ids=tuple(self.ids),
+            roles=tuple(self.roles),
+            logprobs=tuple(self.logprobs),
+            think_span=(self.think_start, self.think_end),
+            answer_span=(self.answer_start, self.answer_end),
+            plan=self.plan,
+            plan_source="predicted" if request.plan == "predicted" else "requested",
+            stop=state.cause or "user",
+            finish=self.finish,
+            budget_requested=request.budget,
+            budget_effective=self.effective,
+            budget_source=self.source,
+            used=state.used,
+            forced=state.forced,
+            think=decode(think).strip() if decode is not None else "",
+            answer=decode(answer).strip() if decode is not None else "",
+            answer_tokens=len(answer),
+            plan_probs=self.plan_probs,
+            budget_predicted=None if before is None else before.predicted,
+            budget_clipped=None if before is None else before.clipped,
+            confidence_before=before.confidence if before is not None and self.source == "predicted" else None,
+            confidence_after=after.confidence if after is not None else None,
+            confidence_before_raw=None if before is None else before.raw,
+            confidence_after_raw=None if after is None else after.raw,
+            calibrated=calibrated,
+            taps=self.taps if record_taps else None,
+            boundaries=self.boundaries or None,
+        )
