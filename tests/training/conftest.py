@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
+import pytest
+
+from gnomon.base.seeds import numpy_generator
 from gnomon.protocol.tags import STRATEGIES
 from gnomon.training.labels import LabelledProblem, LabelSet, Rollout, StrategyLabels
 
@@ -24,8 +29,8 @@ def need(strategy: str, difficulty: float) -> int:
 
 def make_labels(n: int, seed: int, rollouts: int = 4, noise: float = 0.05) -> LabelSet:
     """n problems; difficulty uniform in [0, 1]; states are a fixed random projection of the facts plus noise."""
-    mix = np.random.default_rng(99).normal(size=(3, L, 8, C)) / np.sqrt(8)
-    rng = np.random.default_rng(seed)
+    mix = numpy_generator("mix").normal(size=(3, L, 8, C)) / np.sqrt(8)
+    rng = numpy_generator("labels", seed)
 
     def state(site: int, facts: list[float]) -> np.ndarray:
         v = np.zeros(8)
@@ -58,3 +63,16 @@ def make_labels(n: int, seed: int, rollouts: int = 4, noise: float = 0.05) -> La
             LabelledProblem(f"p{seed}-{i}", f"family{i % 3}", 1 + int(d * 5), state(0, [d, 1.0]), strategies)
         )
     return LabelSet(STRATEGIES, tuple(problems), {"seed": seed})
+
+
+class Synthetic(NamedTuple):
+    """The generator and the truths behind it."""
+
+    make: Callable[..., LabelSet]
+    chance: Callable[[str, float], float]
+    need: Callable[[str, float], int]
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> Synthetic:
+    return Synthetic(make_labels, chance, need)

@@ -103,8 +103,13 @@ def fit_temperature(logits: Floats, correct: Bools | Floats) -> float:
 
 
 def conformal_offset(raw: Floats, used: Ints, level: float) -> float:
-    """The offset in log1p(tokens) under which `level` of exchangeable needs fall (split-conformal quantile)."""
-    gap = np.sort(np.log1p(np.asarray(used, dtype=np.float64)) - raw)
+    """The offset in log1p(tokens) under which `level` of exchangeable needs fall (split-conformal quantile).
+
+    Caps are rounded up to whole tokens, so a need of u fits as soon as the unrounded cap passes u − 1; the score says
+    so, otherwise short needs would be covered too often.
+    """
+    need = np.maximum(np.asarray(used, dtype=np.float64) - 1.0, -1.0) + 1e-6
+    gap = np.sort(np.log1p(need) - raw)
     if not len(gap):
         raise DataError("no correct solution in the calibration split: the budget clip cannot be fitted")
     rank = min(len(gap), math.ceil((len(gap) + 1) * level))

@@ -13,6 +13,7 @@ from gnomon.base.errors import ConfigError
 from gnomon.evaluation import metrics
 from gnomon.evaluation.records import EvalRecord
 from gnomon.evaluation.sweep import Sweep
+from gnomon.protocol.tags import STRATEGIES
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e6e8ee"
 COLOURS: Final[tuple[str, ...]] = (
@@ -68,29 +69,63 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _colour(strategy: str) -> str:
+    """The same colour for a strategy in every chart."""
+    known = STRATEGIES.index(strategy) if strategy in STRATEGIES else len(STRATEGIES)
+    return COLOURS[known % len(COLOURS)]
+
+
+def _token_axis(axis: Any, top: float) -> None:
+    """Ticks 0, 4, 8, 16 … up to the top, as whole numbers."""
+    ticks = [0] + [2**k for k in range(2, 20) if 2**k <= top * 1.3]
+    axis.set_major_locator(pyplot().FixedLocator(ticks))
+    axis.set_minor_locator(pyplot().NullLocator())
+    axis.set_major_formatter(lambda v, _: f"{v:g}")
+
+
 def quality_vs_budget(sweep: Sweep) -> Any:
     """Accuracy against mean think tokens: one line per strategy, the upper hull, the policies, the no-think floor."""
     figure, ax = pyplot().subplots(figsize=(8.2, 4.6))
-    for i, strategy in enumerate(sweep.strategies):
+    for strategy in sweep.strategies:
         points = [sweep.point(strategy, b) for b in sweep.budgets]
         x, y = [p.tokens for p in points], [p.accuracy for p in points]
-        low = [p.accuracy - p.accuracy_ci[0] for p in points]
-        high = [p.accuracy_ci[1] - p.accuracy for p in points]
-        colour = COLOURS[i % len(COLOURS)]
+        below = [p.accuracy - p.accuracy_ci[0] for p in points]
+        above = [p.accuracy_ci[1] - p.accuracy for p in points]
         ax.errorbar(
-            x, y, yerr=[low, high], color=colour, lw=1.8, marker="o", ms=4, elinewidth=0.8, alpha=0.9, label=strategy
+            x,
+            y,
+            yerr=[below, above],
+            color=_colour(strategy),
+            lw=1.8,
+            marker="o",
+            ms=8 if max(x) == 0 else 4,
+            elinewidth=0.8,
+            alpha=0.9,
+            label=strategy,
         )
     hull = sweep.frontier()
-    ax.plot([t for t, _ in hull], [a for _, a in hull], color=INK, lw=1.2, ls="--", label="frontier")
+    fine = np.linspace(hull[0][0], hull[-1][0], 400)
+    bend = np.interp(fine, [t for t, _ in hull], [a for _, a in hull])
+    ax.plot(fine, bend, color=INK, lw=1.2, ls="--", label="frontier")
     ax.axhline(sweep.no_think(), color=MUTED, lw=1, ls=":", label="no thinking")
     for i, (name, policy) in enumerate(sweep.extra.items()):
-        ax.plot(
-            policy["tokens"], policy["accuracy"], ls="", marker="*D^sP"[i % 5], ms=15 if i == 0 else 8,
-            color=COLOURS[(4 + i) % len(COLOURS)], mec="white", label=name, zorder=5,
-        )  # fmt: skip
+        low, high = policy.get("accuracy_ci") or (policy["accuracy"], policy["accuracy"])
+        ax.errorbar(
+            policy["tokens"],
+            policy["accuracy"],
+            yerr=[[max(0.0, policy["accuracy"] - low)], [max(0.0, high - policy["accuracy"])]],
+            ls="",
+            marker="*D^sP"[i % 5],
+            ms=15 if i == 0 else 8,
+            color=COLOURS[(4 + i) % len(COLOURS)],
+            mec="white",
+            elinewidth=0.9,
+            label=name,
+            zorder=5,
+        )
     ax.set_xscale("symlog", linthresh=4)
-    ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     top = max((p.tokens for p in sweep.points), default=1.0)
+    _token_axis(ax.xaxis, top)
     ax.set_xlim(-0.4, top * 1.3 + 1)
     ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0]), top=min(1.02, ax.get_ylim()[1] + 0.03))
     ax.set_xlabel("mean think tokens")
@@ -105,20 +140,18 @@ def predicted_vs_needed(records: Sequence[EvalRecord]) -> Any:
     rows = [r for r in records if r.needed is not None and r.needed_correct and r.budget_predicted is not None]
     rows = [r for r in rows if r.plan != "direct"]
     figure, ax = pyplot().subplots(figsize=(5.8, 5.0))
-    for i, plan in enumerate(sorted({r.plan for r in rows})):
+    for plan in sorted({r.plan for r in rows}):
         part = [r for r in rows if r.plan == plan]
         x, y = [r.needed or 0 for r in part], [max(r.budget_predicted or 0.0, 0.0) for r in part]
-        ax.scatter(x, y, s=11, alpha=0.45, color=COLOURS[(1 + i) % len(COLOURS)], lw=0, label=plan)
+        ax.scatter(x, y, s=11, alpha=0.45, color=_colour(plan), lw=0, label=plan)
     top = max([1.0] + [max(r.needed or 0, r.budget_predicted or 0.0) for r in rows]) * 1.25
     ax.plot([0, top], [0, top], color=INK, lw=1, ls="--")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda v, _: f"{v:g}")
     ax.set_xscale("symlog", linthresh=8)
     ax.set_yscale("symlog", linthresh=8)
     ax.set_xlim(0, top)
     ax.set_ylim(0, top)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda v, _: f"{v:g}")
+        _token_axis(axis, top / 1.3)
     ax.set_xlabel("needed think tokens (uncapped)")
     ax.set_ylabel("predicted think tokens")
     corr = metrics.budget_corr([r.budget_predicted or 0.0 for r in rows], [r.needed or 0 for r in rows])

@@ -133,7 +133,7 @@ def run_sweep(
     uncapped: Uncapped,
     cut_at: CutAt,
     budgets: Sequence[int | None] = BUDGETS,
-    on_point: Callable[[int, int], None] | None = None,
+    on_point: Callable[[int, int], object] | None = None,
 ) -> Sweep:
     """Sweep all budgets for all strategies over one list of problems that the callbacks know.
 

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gnomon.base.errors import CheckpointError
 
@@ -146,7 +146,7 @@ class Card(_Frozen):
             card = cls.model_validate(body)
         except FileNotFoundError:
             raise CheckpointError(f"no calibration card at {path}; make one with `gnomon calibrate`") from None
-        except (json.JSONDecodeError, AttributeError, ValidationError) as err:
+        except (ValueError, TypeError, AttributeError) as err:
             raise CheckpointError(f"the calibration card {path} cannot be used: {err}") from err
         if stored != card.digest():
             raise CheckpointError(f"the calibration card {path} was changed after fitting; run `gnomon calibrate`")

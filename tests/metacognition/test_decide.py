@@ -1,0 +1,185 @@
+"""The card (round trip, tampering) and the decider (plan in cost order, clip, temperature once, unknown outside)."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from gnomon.base.errors import CheckpointError, ModelError, UnknownNameError
+from gnomon.base.seeds import seed_torch, torch_generator
+from gnomon.metacognition.calibration import BudgetClip, Card, Domain, Fitted, Quality, Temperatures, first_reaching
+from gnomon.metacognition.config import MetacogConfig
+from gnomon.metacognition.decide import Decider, combine
+from gnomon.metacognition.heads import MetacogHeads, site_ids
+
+N, L, C, P = 5, 3, 8, 4
+PLANS = ("direct", "steps", "verify", "decompose")
+
+
+@pytest.fixture
+def heads() -> MetacogHeads:
+    seed_torch("decide")
+    made = MetacogHeads(MetacogConfig(n_layers=L, hidden_size=C, proj_dim=P, width=16)).eval()
+    made.start_from(3.0, 0.6)
+    return made
+
+
+@pytest.fixture
+def taps() -> torch.Tensor:
+    return torch.randn(N, L, C, generator=torch_generator("decide-taps"))
+
+
+UNIT = tuple(tuple(map(float, row)) for row in np.eye(P))
+
+
+def make_card(heads: MetacogHeads, threshold: float = 1e6, **change: object) -> Card:
+    quality = Quality(n=10, ece=0.02, brier=0.1, auroc=0.9)
+    body: dict[str, object] = {
+        "weights": heads.fingerprint(),
+        "plans": PLANS,
+        "cost_order": ("direct", "steps", "decompose", "verify"),
+        "plan_threshold": 0.5,
+        "temperature": Temperatures(before=2.0, after=0.5),
+        "budget_clip": BudgetClip(tested_offset=0.4, level=0.8, operating_offset=0.25, n=100),
+        "domain": Domain(centres=((0.0,) * P,), precision=UNIT, threshold=threshold),
+        "fitted_plans": ("direct", "steps"),
+        "best_plan": {"chain": "steps"},
+        "fitted": Fitted(dataset="all", stream="cal", n=10, before=quality, after=quality),
+    }
+    return Card(**{**body, **change})  # type: ignore[arg-type]
+
+
+def test_round_trip_and_binding_to_the_weights(tmp_path: Path, heads: MetacogHeads) -> None:
+    card = make_card(heads)
+    card.save(tmp_path)
+    assert Card.load(tmp_path, weights=heads.fingerprint()) == card
+    with torch.no_grad():
+        heads.conf_head[2].bias.add_(1e-3)
+    with pytest.raises(CheckpointError, match="fitted on heads"):
+        Card.load(tmp_path, weights=heads.fingerprint())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b["temperature"].update(after=0.7), "changed after fitting"),
+        (lambda b: b.update(weights="0" * 64), "changed after fitting"),
+        (lambda b: b.pop("digest"), "changed after fitting"),
+        (lambda b: b.update(version=99), "version 99"),
+        (lambda b: b["temperature"].update(after=-1.0), "cannot be used"),
+        (lambda b: b.update(surprise=1), "surprise"),
+        (lambda b: b.pop("budget_clip"), "budget_clip"),
+    ],
+)
+def test_a_tampered_card_is_refused(tmp_path: Path, heads: MetacogHeads, change: object, message: str) -> None:
+    make_card(heads).save(tmp_path)
+    path = tmp_path / "calibration.json"
+    body = json.loads(path.read_text())
+    change(body)  # type: ignore[operator]
+    path.write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match=message):
+        Card.load(tmp_path)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="gnomon calibrate"):
+        Card.load(tmp_path)
+    (tmp_path / "calibration.json").write_text("[1, 2")
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        Card.load(tmp_path)
+    (tmp_path / "calibration.json").write_text("[1, 2]")
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        Card.load(tmp_path)
+
+
+def test_inconsistent_cards_are_refused(heads: MetacogHeads) -> None:
+    for change in ({"cost_order": ("direct",)}, {"fitted_plans": ("guess",)}, {"plan_threshold": 0.0}):
+        with pytest.raises(ValidationError):
+            make_card(heads, **change)
+
+
+def test_first_in_cost_order_that_reaches_the_threshold() -> None:
+    probs = np.array([[0.5, 0.3, 0.1, 0.1], [0.1, 0.3, 0.1, 0.5], [0.0, 0.1, 0.9, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    order = (0, 1, 3, 2)
+    assert first_reaching(probs, order, 0.5).tolist() == [0, 3, 2, 1]
+    assert first_reaching(probs, order, 1.0).tolist() == [2, 2, 2, 2]
+    assert first_reaching(probs * 0.999, order, 1.0).tolist() == [2, 2, 2, 2], "rounding leaves no row without a plan"
+
+
+def test_plan_follows_the_card_and_argmax_without_one(heads: MetacogHeads, taps: torch.Tensor) -> None:
+    logits = heads(taps, site_ids("prompt", N), torch.zeros(N)).plan_logits.double()
+    probs = logits.softmax(-1).detach().numpy()
+    card = make_card(heads)
+    got = Decider(heads, card).plan(taps)
+    assert [d.plan for d in got] == [PLANS[k] for k in first_reaching(probs, (0, 1, 3, 2), 0.5)]
+    assert sum(got[0].probs.values()) == pytest.approx(1.0, abs=1e-5)
+    assert [d.plan for d in Decider(heads).plan(taps)] == [PLANS[k] for k in probs.argmax(1)]
+
+
+def test_temperature_and_clip_are_applied_exactly_once(heads: MetacogHeads, taps: torch.Tensor) -> None:
+    with torch.no_grad():
+        out = heads(taps, site_ids("think", N), torch.zeros(N))
+        end = heads(taps, site_ids("end", N), torch.full((N,), 20.0))
+    decider = Decider(heads, make_card(heads))
+    for row, d in enumerate(decider.budget(taps, ["steps"] * N)):
+        assert d.calibrated
+        assert d.confidence == pytest.approx(1 / (1 + math.exp(-float(out.conf_raw[row]) / 2.0)), abs=1e-6)
+        assert d.predicted == pytest.approx(math.expm1(float(out.budget_raw[row])), rel=1e-5)
+        assert d.clipped == math.ceil(math.expm1(float(out.budget_raw[row]) + 0.25) - 1e-6)
+    for row, a in enumerate(decider.after(taps, ["steps"] * N, [20] * N)):
+        assert a.confidence == pytest.approx(1 / (1 + math.exp(-float(end.conf_raw[row]) / 0.5)), abs=1e-6)
+
+
+def test_unknown_outside_the_domain(heads: MetacogHeads, taps: torch.Tensor) -> None:
+    g = heads(taps, site_ids("think", N), torch.zeros(N)).g
+    radius = g.norm(dim=1).median().item()
+    rows = Decider(heads, make_card(heads, threshold=radius)).budget(taps, ["steps"] * N)
+    far = g.norm(dim=1) > radius + 1e-5
+    assert 0 < int(far.sum()) < N
+    for d, is_far in zip(rows, far.tolist(), strict=True):
+        assert d.calibrated is not is_far
+        assert (d.confidence is None) is is_far
+        assert d.distance is not None
+        assert d.clipped >= 0, "a budget is still proposed"
+
+
+def test_unknown_under_a_plan_or_budget_not_fitted_for(heads: MetacogHeads, taps: torch.Tensor) -> None:
+    decider = Decider(heads, make_card(heads))
+    assert [d.calibrated for d in decider.budget(taps[:2], ["steps", "verify"])] == [True, False]
+    forced = decider.budget(taps[:2], ["steps", "steps"], predicted_plans=["steps", "direct"])
+    assert [d.calibrated for d in forced] == [True, False]
+    late = decider.after(taps[:3], ["steps", "steps", "verify"], [3, 3, 3], calibrated=[True, False, True])
+    assert [a.confidence is None for a in late] == [False, True, True]
+    card = decider.card
+    assert card is not None
+    assert not card.covers("steps", capped_below=True)
+
+
+def test_without_a_card_nothing_is_promised(heads: MetacogHeads, taps: torch.Tensor) -> None:
+    decider = Decider(heads)
+    plan, budget = decider.plan(taps)[0], decider.budget(taps, ["steps"] * N)[0]
+    decision = combine(plan, budget)
+    assert (decision.confidence, decision.calibrated) == (None, False)
+    assert decision.budget_clipped == math.ceil(decision.budget_predicted - 1e-6)
+    assert decider.after(taps, ["steps"] * N, [1] * N)[0].confidence is None
+
+
+def test_the_same_input_gives_the_same_prediction(heads: MetacogHeads, taps: torch.Tensor) -> None:
+    heads.train()  # the decider must switch dropout off
+    decider = Decider(heads, make_card(heads))
+    first = decider.budget(taps, ["steps"] * N)
+    assert decider.budget(taps, ["steps"] * N) == first
+    assert heads.training is False
+
+
+def test_names_are_checked(heads: MetacogHeads, taps: torch.Tensor) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'steps'"):
+        Decider(heads).budget(taps[:1], ["step"])
+    with pytest.raises(ModelError, match="plans"):
+        Decider(heads, make_card(heads, plans=PLANS[::-1]))
