@@ -119,4 +119,10 @@ class Bins:
         seg = torch.from_numpy(segments)
         same = seg[:, :, None] == seg[:, None, :]
         mask = (same & torch.ones(length, length, dtype=torch.bool).tril()).unsqueeze(1)
-        return Batch(*(torch.from_numpy(a) for a in (ids, targets, positions)), mask, int((segments > 0).sum()))
+        return Batch(
+            ids=torch.from_numpy(ids),
+            targets=torch.from_numpy(targets),
+            positions=torch.from_numpy(positions),
+            mask=mask,
+            tokens=int((segments > 0).sum()),
+        )

@@ -18,7 +18,8 @@ from gnomon.protocol import tags
 MODEL_FILE = "tokenizer.model"
 _CONTROL = (*tags.TAGS, *tags.STRUCTURE_TOKENS)
 # A digit after a space is one piece, and a newline is one piece.
-_SYMBOLS = (*(f"▁{d}" for d in range(10)), "\n")
+_SPACE_MARK = "▁"  # how SentencePiece writes a space inside its pieces
+_SYMBOLS = (*(f"{_SPACE_MARK}{d}" for d in range(10)), "\n")
 
 
 class Tokenizer:
@@ -28,6 +29,7 @@ class Tokenizer:
         self.model = model
         self._sp = spm.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._sp.get_piece_size()
+        self._mark = [int(self._sp.piece_to_id(f"<0x{byte:02X}>")) for byte in _SPACE_MARK.encode()]
         self.pad, self.bos, self.eos = self._id(tags.PAD), self._id(tags.BOS), self._id(tags.EOS)
         self.think, self.end_think = self._id(tags.THINK), self._id(tags.END_THINK)
         self.answer, self.end_answer = self._id(tags.ANSWER), self._id(tags.END_ANSWER)
@@ -39,12 +41,18 @@ class Tokenizer:
     def _id(self, piece: str) -> int:
         ident = self._sp.piece_to_id(piece)
         if ident == self._sp.unk_id() or not (self._sp.is_control(ident) or piece == tags.PAD):
-            raise TagError(f"tag {piece} is not one control token of this tokenizer; train it with `gnomon tokenizer train`.")
+            raise TagError(
+                f"tag {piece} is not one control token of this tokenizer; train it with `gnomon tokenizer train`."
+            )
         return int(ident)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text segment; never a control id."""
-        return list(self._sp.encode(text))
+        first, *rest = text.split(_SPACE_MARK)
+        ids = list(self._sp.encode(first))
+        for part in rest:  # SentencePiece would read the mark as a space
+            ids += [*self._mark, *self._sp.encode(part)]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control ids appear as their tags."""
@@ -73,6 +81,32 @@ class Tokenizer:
         if not path.is_file():
             raise ModelError(f"no {MODEL_FILE} in {Path(folder).resolve()}; a gnomon model folder holds one.")
         return cls(path.read_bytes())
+
+
+def check_atomic(tok: Tokenizer, stops: Iterable[str]) -> None:
+    """Raise TagError, naming it, for a custom stop sequence that one id cannot match.
+
+    A tag matches as its control id (`Tokenizer` itself refuses a model in which a tag is not one). Any other text must
+    be one piece that no longer piece contains: the controller compares single ids.
+    """
+    names = {name: ident for ident, name in tok.control.items()}
+    for stop in stops:
+        if stop in names:
+            continue
+        if not stop:
+            raise TagError("a stop sequence is empty; it would match everywhere. Leave it out.")
+        ids = tok.encode(stop)
+        hint = f"stop at a tag such as {tags.END_ANSWER} instead"
+        if len(ids) != 1:
+            pieces = " ".join(repr(tok.piece(i)) for i in ids)
+            raise TagError(f"stop sequence {stop!r} splits into {len(ids)} tokens ({pieces}); {hint}.")
+        longer = [p for i in range(tok.vocab_size) if i not in {*ids, *tok.control} and stop in (p := tok.decode([i]))]
+        if longer:
+            shown = ", ".join(map(repr, longer[:3]))
+            raise TagError(
+                f"stop sequence {stop!r} also hides inside {len(longer)} longer tokens ({shown}) and would be missed "
+                f"there; {hint}."
+            )
 
 
 def train(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:

@@ -28,7 +28,7 @@ class Cache(Protocol):
 
 @dataclass
 class BackboneOutput:
-    """logits float32 [B, V] ("last"), [B, T, V] ("all") or None; taps float32 [B, L, C] of the last position or None."""
+    """logits float32 [B, V] ("last"), [B, T, V] ("all") or None; taps float32 [B, L, C] (last position) or None."""
 
     logits: Tensor | None
     taps: Tensor | None
@@ -42,12 +42,17 @@ class Backbone(Protocol):
     hidden_size: int
     vocab_size: int
     context: int
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids, masks and outputs live."""
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows and at most `capacity` positions."""
 
-    def step(self, ids: Tensor, mask: Tensor, cache: Any, *, logits: Logits = "last", want_taps: bool = False) -> BackboneOutput:
+    def step(
+        self, ids: Tensor, mask: Tensor, cache: Any, *, logits: Logits = "last", want_taps: bool = False
+    ) -> BackboneOutput:
         """ids int64 [B, T]; mask bool [B, S + T], False at padding, which may only stand on the left."""
 
 

@@ -117,7 +117,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.unembed = nn.Linear(config.channels, config.vocab_size, bias=False)
         size = config.channels // config.heads
-        self.register_buffer("rope", torch.empty(config.context, 2, size // 2), persistent=False)
+        table = torch.empty(config.context, 2, size // 2, dtype=torch.float32)  # whatever the default dtype is
+        self.register_buffer("rope", table, persistent=False)
         self.make_tables()
         self.checkpointing = False
         self.initialise()

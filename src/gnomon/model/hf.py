@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from gnomon.base.errors import ModelError
 from gnomon.model.backbone import attention_mask as attention_view
 from gnomon.model.backbone import positions_of
 from gnomon.model.cache import DecoderCache
@@ -53,7 +54,8 @@ class GnomonForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     config_class = GnomonConfig
     base_model_prefix = "decoder"
-    _no_split_modules = ["Block"]
+    _no_split_modules = ("Block",)
+    _keep_in_fp32_modules_strict = ("hyper",)  # mHC parameters stay float32 when the rest is loaded in bfloat16
     _supports_sdpa = True
     _is_stateful = True  # the cache below is our own object: no assisted decoding that would crop it
 
@@ -86,27 +88,47 @@ class GnomonForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         position_ids: Tensor | None = None,
+        logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids [B, T]; attention_mask [B, S + T] with padding on either side (0 = padding)."""
+        """input_ids [B, T]; attention_mask [B, S + T] with padding on either side (0 = padding).
+
+        logits_to_keep: 0 = every position, 1 = each row's last real new token (what `generate` asks for, so that
+        right-padded prompts continue from their text), k > 1 = the last k positions. Raises ModelError beyond the
+        context.
+        """
         cache = past_key_values if isinstance(past_key_values, DecoderCache) else None
         batch, new = input_ids.shape
         start = cache.length if cache else 0
+        if start + new > self.config.context:
+            raise ModelError(
+                f"{start + new} positions (padding included) exceed this model's context of {self.config.context}; "
+                "shorten the prompt or generate fewer tokens."
+            )
         if cache is None and use_cache and not torch.is_grad_enabled():
             cache = self.decoder.new_cache(batch, self.config.context)
         mask = torch.ones(batch, start + new, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         mask = mask.to(input_ids.device)
         positions = positions_of(mask, new) if position_ids is None else position_ids
         view = attention_view(mask, new)
-        out = self.decoder(input_ids, positions, view, cache, want_states=bool(output_hidden_states))
-        loss = None
+        out = self.decoder(input_ids, positions, view, cache, want_states=bool(output_hidden_states), logits="none")
+        hidden, loss = out.hidden, None
         if labels is not None:
-            assert out.logits is not None
-            loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            scores = self.decoder.unembed(hidden[:, :-1]).float()
+            loss = F.cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        if logits_to_keep == 1:
+            index = torch.arange(new, device=mask.device)
+            last = (index * mask[:, -new:]).argmax(-1)
+            hidden = hidden[torch.arange(batch, device=mask.device), last].unsqueeze(1)
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.decoder.unembed(hidden).float()
         states = (self.decoder.embed(input_ids), *out.states) if output_hidden_states else None
-        return CausalLMOutputWithPast(loss=loss, logits=out.logits, past_key_values=cache, hidden_states=states)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Only the tokens that the cache has not seen go through the model."""
         seen = past_key_values.length if isinstance(past_key_values, DecoderCache) else 0
         return {
@@ -114,9 +136,13 @@ class GnomonForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             "attention_mask": kwargs.get("attention_mask"),
             "past_key_values": past_key_values if seen else None,
             "use_cache": kwargs.get("use_cache", True),
+            "logits_to_keep": kwargs.get("logits_to_keep", 1),
         }
+
+    def _reorder_cache(self, past_key_values: DecoderCache, beam_idx: Tensor) -> DecoderCache:
+        """Beam search: row i goes on from row beam_idx[i]."""
+        past_key_values.select(beam_idx)
+        return past_key_values
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """`forward` makes the cache of our decoder itself."""
-
-

@@ -87,7 +87,8 @@ class HyperConnection(nn.Module):
         bias[:n] = torch.logit(share)
         if projection == "exact":
             bias[2 * n] = math.log(4.0 * max(self.n_res - 1, 1))  # identity permutation weighs 0.8
-            self.register_buffer("permutations", torch.empty(self.n_res, n, n), persistent=False)
+            table = torch.empty(self.n_res, n, n, dtype=torch.float32)  # whatever the default dtype is
+            self.register_buffer("permutations", table, persistent=False)
             self.make_tables()
         else:
             bias[2 * n :] = 2.0 * torch.eye(n).flatten()  # diagonal .71, gradients alive (§1.5)

@@ -40,7 +40,8 @@ def schedule(config: OptimConfig, fraction: float) -> float:
 
 def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """Muon and AdamW over all trainable parameters of our own decoder."""
-    matrices, rest = [], {"embed": [], "unembed": [], "hyper": []}
+    matrices: list[nn.Parameter] = []
+    rest: dict[str, list[nn.Parameter]] = {"embed": [], "unembed": [], "hyper": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

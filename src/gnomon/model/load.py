@@ -1,0 +1,116 @@
+"""Base models from local folders: checked before they are read, never from the Hub, never with their own code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gnomon.base.checkpoint import tensor_names
+from gnomon.base.errors import CheckpointError, ModelError
+from gnomon.model.backbone import HFBackbone
+from gnomon.model.gguf import SMOLLM2, convert_gguf, smollm2_folder
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+
+
+def resolve_base(base: str | Path, cache: str | Path | None = None) -> Path:
+    """The local folder of a base: a folder, a GGUF file (converted once into the cache) or the name `smollm2`.
+
+    Raises ModelError naming what is missing and what to do.
+    """
+    if str(base) == SMOLLM2:
+        return smollm2_folder(cache)
+    path = Path(base).expanduser()
+    if path.suffix == ".gguf":
+        return convert_gguf(path, cache)
+    if not path.is_dir():
+        what = "is a file, not a model folder" if path.exists() else "does not exist"
+        raise ModelError(
+            f"{str(path)!r} {what}; give a local Hugging Face folder, a .gguf file or the name {SMOLLM2!r} "
+            "(gnomon never downloads a model)"
+        )
+    return path
+
+
+def check_folder(folder: Path, tokenizer: bool = True) -> dict[str, Any]:
+    """The configuration of a complete model folder. Raises ModelError that lists everything missing at once."""
+    missing: list[str] = []
+    config: dict[str, Any] = {}
+    if (folder / "config.json").is_file():
+        config = _json(folder / "config.json")
+        if "model_type" not in config:
+            missing.append('"model_type" in config.json')
+    else:
+        missing.append("config.json")
+    missing += _missing_weights(folder)
+    if tokenizer and not (folder / TOKENIZER).is_file():
+        missing.append(TOKENIZER)
+    if missing:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        raise ModelError(f"the model folder {str(folder)!r} is not complete; missing: {'; '.join(missing)} (there: {there})")
+    return config
+
+
+def load_backbone(base: str | Path, *, dtype: str = "float32", device: str = "cpu", cache: str | Path | None = None) -> HFBackbone:
+    """Any local Hugging Face causal LM behind the backbone protocol; `base` as in `resolve_base`.
+
+    dtype: a torch type's name. Raises ModelError for a folder that is missing, half there, damaged, of an
+    architecture that transformers does not know, or whose weights do not fill the model.
+    """
+    folder = resolve_base(base, cache)
+    config = check_folder(folder, tokenizer=False)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ModelError(f"unknown dtype {dtype!r}; write float32, bfloat16 or float16")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=kind, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).split("\n", 1)[0]
+        if "auto_map" in config:
+            reason = f"it needs its own Python code, which gnomon never runs ({reason})"
+        raise ModelError(f"{str(folder)!r} (model_type {config['model_type']!r}) cannot be loaded: {reason}") from None
+    for name in ("missing_keys", "mismatched_keys"):
+        if bad := sorted(str(k) for k in info.get(name) or ()):
+            raise ModelError(
+                f"the weights in {str(folder)!r} do not fill the model: {len(bad)} {name.replace('_', ' ')} "
+                f"({', '.join(bad[:3])}); copy the folder again"
+            )
+    return HFBackbone(model.to(device))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{str(path)!r} is not JSON ({error}); copy the folder again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{str(path)!r} holds {type(value).__name__}, not an object; copy the folder again")
+    return value
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    """What is missing or damaged among the weight files, in words."""
+    if (folder / INDEX).is_file():
+        shards = sorted({str(name) for name in _json(folder / INDEX).get("weight_map", {}).values()})
+        names = shards or [WEIGHTS]
+    elif (folder / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return [f"{WEIGHTS} (pickled weights are never read; convert them to safetensors)"]
+    else:
+        return [WEIGHTS]
+    found = []
+    for name in names:
+        try:
+            tensor_names(folder, name)
+        except CheckpointError as error:
+            found.append(f"{name} ({error})" if (folder / name).is_file() else name)
+    return found
