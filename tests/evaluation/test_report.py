@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gnomon.base.errors import ConfigError
+from gnomon.evaluation.plots import quality_vs_budget
 from gnomon.evaluation.records import EvalRecord, summarise
 from gnomon.evaluation.report import ReportData, Table, interval, show, write_report
 from gnomon.evaluation.sweep import Outcome, run_sweep
@@ -46,6 +47,9 @@ def report_of(records: list[EvalRecord]) -> ReportData:
 
     sweep = run_sweep(("direct", "steps", "verify", "decompose"), full, cut)
     sweep.extra["predicted"] = {"tokens": 24.0, "accuracy": 0.86, "accuracy_ci": [0.83, 0.89]}
+    sweep.extra["best_fixed"] = {"tokens": 40.0, "accuracy": 0.8, "accuracy_ci": [0.77, 0.83]}
+    sweep.extra["fixed:steps"] = {"tokens": 24.5, "accuracy": 0.5, "accuracy_ci": [0.43, 0.57]}
+    sweep.extra["constants"] = {"points": [{"tokens": t, "accuracy": 0.3 + t / 90} for t in (50.0, 0.0, 20.0)]}
     return ReportData(
         title="nano <demo> & friends",
         summary=summarise(records, records, draws=20),
@@ -85,6 +89,15 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path, records_of: Callable
         "training_curves.png",
     ]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "plots").glob("*.png"))
+
+
+def test_policies_are_drawn_once_each(records_of: Callable[..., list[EvalRecord]]) -> None:
+    pytest.importorskip("matplotlib")
+    sweep = report_of(records_of(60, "policies")).sweep
+    assert sweep is not None
+    labels = [t.get_text() for t in quality_vs_budget(sweep).axes[0].get_legend().get_texts()]
+    strategies = ["decompose", "direct", "steps", "verify"]
+    assert sorted(labels) == sorted(["best fixed", "constants", "frontier", "no thinking", "predicted", *strategies])
 
 
 def test_missing_parts_are_left_out(tmp_path: Path) -> None:

@@ -108,7 +108,12 @@ def quality_vs_budget(sweep: Sweep) -> Any:
     bend = np.interp(fine, [t for t, _ in hull], [a for _, a in hull])
     ax.plot(fine, bend, color=INK, lw=1.2, ls="--", label="frontier")
     ax.axhline(sweep.no_think(), color=MUTED, lw=1, ls=":", label="no thinking")
-    for i, (name, policy) in enumerate(sweep.extra.items()):
+    curves = {name: policy["points"] for name, policy in sweep.extra.items() if "points" in policy}
+    for name, points in curves.items():
+        ordered = sorted((p["tokens"], p["accuracy"]) for p in points)
+        ax.plot(*zip(*ordered, strict=True), color=COLOURS[5], lw=1.2, ls="-.", label=name.replace("_", " "))
+    drawn = {k: v for k, v in sweep.extra.items() if "tokens" in v and not k.startswith("fixed:")}  # fixed: on a line
+    for i, (name, policy) in enumerate(sorted(drawn.items(), key=lambda item: item[0] != "predicted")):
         low, high = policy.get("accuracy_ci") or (policy["accuracy"], policy["accuracy"])
         ax.errorbar(
             policy["tokens"],
@@ -120,7 +125,7 @@ def quality_vs_budget(sweep: Sweep) -> Any:
             color=COLOURS[(4 + i) % len(COLOURS)],
             mec="white",
             elinewidth=0.9,
-            label=name,
+            label=name.replace("_", " "),
             zorder=5,
         )
     ax.set_xscale("symlog", linthresh=4)

@@ -51,7 +51,8 @@ class Point:
 class Sweep:
     """Points in order (strategy, budget); correct, used [N, K, B] for paired comparisons.
 
-    extra: named policies (such as "predicted") as {accuracy, accuracy_ci, tokens} to draw beside the curves.
+    extra: named policies to draw beside the curves: {accuracy, accuracy_ci, tokens} for one point (such as
+    "predicted"), {points: [{tokens, accuracy}, …]} for a curve; "fixed:NAME" repeats a strategy and is not drawn.
     """
 
     strategies: tuple[str, ...]
