@@ -160,7 +160,7 @@ def validate(model: type[C], values: Mapping[str, Any]) -> C:
         for item in error.errors():
             key = ".".join(str(p) for p in item["loc"]) or "(all)"
             given = "" if item["type"] == "missing" else f"; given {str(item['input'])[:80]!r}"
-            lines.append(f"{key}: {item['msg']}{given}")
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{given}")
         raise ConfigError(f"{model.__name__}: " + "\n  ".join(lines)) from None
 
 

@@ -143,6 +143,19 @@ def create_run(
         except FileExistsError:
             folder = root / f"{name}-{stamp}-{number}"
             number += 1
+    return open_run(folder, config, origins, seed, data, command)
+
+
+def open_run(
+    folder: Path,
+    config: BaseModel,
+    origins: Mapping[str, str] | None = None,
+    seed: int | str | None = None,
+    data: Mapping[str, str] | None = None,
+    command: Sequence[str] | None = None,
+) -> Run:
+    """Open exactly `folder` (made when missing) with fresh resolved.yaml and provenance.json; see `create_run`."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "resolved.yaml", dump_yaml(config))
     run = Run(folder)
     run.write_json(
@@ -156,7 +169,7 @@ def create_run(
             "data": dict(data or {}),
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
-            "created": stamp,
+            "created": datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"),
         },
     )
     return run

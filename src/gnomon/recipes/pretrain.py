@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,6 +27,8 @@ from gnomon.tasks.rules import with_examples
 from gnomon.training import optim
 from gnomon.training.loop import fit
 from gnomon.training.optim import OptimConfig
+
+CHUNK = 2_000
 
 
 class CorpusConfig(BaseModel):
@@ -55,9 +58,7 @@ def record(tok: Tokenizer, mixture: Mixture, config: CorpusConfig, index: int) -
         problem = with_examples(problem, 3 if problem.level <= 2 else rng.choice((2, 3, 3)))
     elif shown:
         level = rng.randint(1, problem.level)
-        others = [
-            draw(problem.task, level, config.split, f"{config.stream}/examples/{k}", index) for k in range(shown)
-        ]
+        others = [draw(problem.task, level, config.split, f"{config.stream}/examples/{k}", index) for k in range(shown)]
         problem = with_demonstrations(problem, others)
     encoded = encode_record(tok, problem.prompt, item.strategy, item.gold.nodes, item.gold.answer, cut)
     if len(encoded.ids) > config.max_tokens:
@@ -82,7 +83,8 @@ def train_tokenizer(config: CorpusConfig, vocab_size: int = 1024, samples: int =
     def texts() -> Iterator[str]:
         for index in range(samples):
             item = mixture.item(index)
-            yield from (f" {t}" for t in (item.problem.prompt, item.gold.answer, *(n.text for n in item.gold.nodes)) if t)
+            segments = (item.problem.prompt, item.gold.answer, *(n.text for n in item.gold.nodes))
+            yield from (f" {text}" for text in segments if text)
 
     return tokenizers.train(texts(), vocab_size)
 
@@ -93,22 +95,47 @@ def _chunk(model: bytes, config: CorpusConfig, start: int, end: int) -> list[Enc
 
 
 def prepare(
-    folder: Path, tok: Tokenizer, config: CorpusConfig, workers: int = 2, progress: Callable[[int], object] | None = None
+    folder: Path,
+    tok: Tokenizer,
+    config: CorpusConfig,
+    workers: int = 2,
+    progress: Callable[[int], object] | None = None,
 ) -> int:
-    """Write the corpus to `folder` as packed bins; records longer than `max_tokens` are dropped. Returns the count."""
-    size = 2_000
-    spans = [(s, min(s + size, config.records)) for s in range(0, config.records, size)]
+    """Write the corpus to `folder` as packed bins; records longer than `max_tokens` are dropped. Returns the count.
 
-    def chunks() -> Iterator[Encoded]:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            jobs = [pool.submit(_chunk, tok.model, config, a, b) for a, b in spans]
-            for job, (_, end) in zip(jobs, spans, strict=True):
-                yield from (r for r in job.result() if len(r.ids) <= config.max_tokens)
-                if progress:
-                    progress(end)
+    workers: processes; with one, or for a corpus of a single chunk, everything happens in this process.
+    progress(n): records done so far.
+    """
+    spans = [(s, min(s + CHUNK, config.records)) for s in range(0, config.records, CHUNK)]
+    made = _in_processes(tok, config, spans, workers) if workers > 1 and len(spans) > 1 else _here(tok, config, spans)
 
-    return write_bin(folder, config.split, chunks(), {"config": config.model_dump()})
+    def records() -> Iterator[Encoded]:
+        for chunk, (_, end) in zip(made, spans, strict=True):
+            yield from (r for r in chunk if len(r.ids) <= config.max_tokens)
+            if progress:
+                progress(end)
+
+    return write_bin(folder, config.split, records(), {"config": config.model_dump(mode="json")})
+
+
+def _here(tok: Tokenizer, config: CorpusConfig, spans: list[tuple[int, int]]) -> Iterator[list[Encoded]]:
+    for start, end in spans:
+        yield _chunk(tok.model, config, start, end)
+
+
+def _in_processes(
+    tok: Tokenizer, config: CorpusConfig, spans: list[tuple[int, int]], workers: int
+) -> Iterator[list[Encoded]]:
+    context = multiprocessing.get_context("spawn")
+    # Ctrl-C reaches the whole process group: the workers leave it to us, who then drop what has not begun.
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
+        try:
+            for job in [pool.submit(_chunk, tok.model, config, a, b) for a, b in spans]:
+                yield job.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class PretrainConfig(BaseModel):

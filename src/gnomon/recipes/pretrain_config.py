@@ -1,0 +1,205 @@
+"""The one config of `gnomon train pretrain`, and where a run goes or goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from gnomon.base import checkpoint
+from gnomon.base import config as configs
+from gnomon.base.config import Config
+from gnomon.base.errors import CheckpointError, ConfigError, unknown
+from gnomon.model.decoder import PRESETS
+from gnomon.recipes.pretrain import CorpusConfig, PretrainConfig
+from gnomon.tasks.procedural import REGISTRY
+from gnomon.training.optim import OptimConfig
+
+TOKENS_PER_RECORD: Final = 56  # a little below the mean, so that a run does not see a record twice
+RECORDS: Final = (2_000, 1_000_000)
+# What happens to a field that differs from the checkpoint: these keep their old value or cannot change at all.
+FIXED: Final = ("model.", "vocab_size", "tokenizer")
+IGNORED: Final = ("corpus.",)
+
+
+class ShapeConfig(Config):
+    """A preset of the decoder with any field changed; None = what the preset says."""
+
+    preset: str = "micro"
+    channels: int | None = Field(default=None, ge=8)
+    layers: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1)
+    ffn: int | None = Field(default=None, ge=1)
+    context: int | None = Field(default=None, ge=64)
+    streams: int | None = Field(default=None, ge=1)
+    projection: Literal["exact", "sinkhorn"] | None = None
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in PRESETS:
+            raise unknown("preset", name, PRESETS)
+        return name
+
+    def changes(self) -> dict[str, Any]:
+        """The fields that differ from the preset."""
+        return {k: v for k, v in self.model_dump(exclude={"preset"}).items() if v is not None}
+
+    def size(self, name: str, default: int) -> int:
+        """A field of the final shape."""
+        return int(getattr(self, name) or PRESETS[self.preset].get(name, default))
+
+
+class PretrainRunConfig(Config):
+    """Everything that decides a pretraining run. One step = `rows` rows of `row_length` tokens.
+
+    seed names the run: initial weights, order, and the stream of the corpus. save_every, eval_every: in steps.
+    keep: checkpoints left on disk. tokenizer: folder of a tokenizer to use instead of the shipped one.
+    """
+
+    model: ShapeConfig = ShapeConfig()
+    steps: int = Field(default=2000, ge=1)
+    rows: int = Field(default=8, ge=1)
+    row_length: int = Field(default=256, ge=32)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
+    seed: str = Field(default="pretrain", coerce_numbers_to_str=True)
+    optim: OptimConfig = OptimConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    save_every: int = Field(default=1000, ge=1)
+    eval_every: int = Field(default=100, ge=1)
+    keep: int = Field(default=3, ge=2)
+    workers: int = Field(default=2, ge=1)
+    vocab_size: int = Field(default=1024, ge=512)
+    tokenizer: str | None = None
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        """`chain,count`, `all` and `1,2` are what people write on a command line."""
+        if not isinstance(value, Mapping):
+            return value
+        found = dict(value)
+        if isinstance(found.get("tasks"), str):
+            names = [n.strip() for n in found["tasks"].split(",")]
+            found["tasks"] = tuple(REGISTRY) if names == ["all"] else tuple(names)
+        levels = found.get("levels")
+        if isinstance(levels, (str, int)):
+            found["levels"] = tuple(str(levels).split(","))
+        for name in found.get("tasks") or ():
+            if name not in REGISTRY:
+                raise unknown("task", str(name), [*REGISTRY, "all"])
+        return found
+
+    @model_validator(mode="after")
+    def _fits(self) -> PretrainRunConfig:
+        context = self.model.size("context", 512)
+        if self.row_length < self.corpus.max_tokens:
+            raise ConfigError(
+                f"row_length {self.row_length} is below corpus.max_tokens {self.corpus.max_tokens}: the longest "
+                "records would not fit; raise row_length or lower corpus.max_tokens"
+            )
+        if context < self.corpus.max_tokens:
+            raise ConfigError(f"model.context {context} is below corpus.max_tokens {self.corpus.max_tokens}; raise it")
+        return self
+
+    def pretraining(self) -> PretrainConfig:
+        """The part that the training function takes."""
+        names = ("steps", "rows", "row_length", "precision", "compile", "seed", "optim")
+        return PretrainConfig(**{name: getattr(self, name) for name in names})
+
+    def digest(self) -> str:
+        """Hash of every value."""
+        return hashlib.sha256(json.dumps(configs.dump(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resolve(
+    file: Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = (), base: Mapping[str, Any] | None = None
+) -> tuple[PretrainRunConfig, dict[str, str]]:
+    """(config with every value decided, origin of each value). base: the values of the checkpoint to go on from.
+
+    The corpus follows from the run unless it is given: its stream is the seed, its size what the steps will see.
+    """
+    config, origins = configs.resolve(PretrainRunConfig, file, overrides, base)
+    corpus: dict[str, Any] = {}
+    if "corpus.records" not in origins:
+        wanted = math.ceil(config.steps * config.rows * config.row_length / TOKENS_PER_RECORD)
+        corpus["records"] = min(max(wanted, RECORDS[0]), RECORDS[1])
+    if "corpus.stream" not in origins:
+        corpus["stream"] = config.seed
+    full = config.corpus.model_copy(update=corpus)
+    return config.model_copy(update={"corpus": full}), {**origins, **{f"corpus.{k}": "derived" for k in corpus}}
+
+
+def resume_point(resume: str | None, folder: Path | None, latest: Path | None = None) -> tuple[Path | None, Found]:
+    """(run folder or None for a new one, newest good checkpoint or an empty Found).
+
+    resume None: a fresh run; refused in a folder that already holds checkpoints. "auto": the newest good checkpoint of
+    `folder`, else of `latest`, else a fresh start. A path: that checkpoint, or the newest of that run folder.
+    """
+    if resume is None:
+        if folder is not None and checkpoint.steps(folder / "checkpoints"):
+            raise ConfigError(
+                f"{folder} already holds a run (checkpoint-{checkpoint.steps(folder / 'checkpoints')[-1]}); "
+                "write --resume auto to go on, or name another --run"
+            )
+        return folder, Found()
+    if resume == "auto":
+        place = folder or latest
+        if place is None or not checkpoint.steps(place / "checkpoints"):
+            return place, Found()
+        return place, _newest(place)
+    path = Path(resume)
+    if (path / "checkpoints").is_dir():
+        return folder or path, _newest(path)
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}; write auto, a run folder, or a checkpoint-<step> folder")
+    checkpoint.verify_folder(path)
+    return folder or path.parent.parent, Found(path)
+
+
+class Found:
+    """A checkpoint to go on from and the newer ones that were skipped, with reasons; empty = start from nothing."""
+
+    def __init__(self, path: Path | None = None, skipped: tuple[tuple[str, str], ...] = ()):
+        self.path, self.skipped = path, skipped
+
+    def values(self) -> dict[str, Any]:
+        """The config that the checkpoint was written under."""
+        if self.path is None:
+            return {}
+        file = self.path / "resolved.yaml"
+        if not file.is_file():
+            raise CheckpointError(f"{self.path} has no resolved.yaml: it was not written by `gnomon train pretrain`")
+        return configs.read_file(file)
+
+
+def _newest(folder: Path) -> Found:
+    found = checkpoint.newest(folder / "checkpoints")
+    return Found(found.path, found.skipped)
+
+
+def settle(old: Mapping[str, Any], new: PretrainRunConfig) -> tuple[PretrainRunConfig, list[str]]:
+    """(config to go on with, one line per field that differs from the checkpoint and its effect).
+
+    Raises ConfigError for a change of the model's shape or tokenizer.
+    """
+    before = configs.dump(configs.validate(PretrainRunConfig, old))
+    lines, corpus = [], False
+    for key, (was, now) in configs.differences(before, configs.dump(new)).items():
+        if key.startswith(FIXED):
+            raise ConfigError(f"{key} is {was} in the checkpoint and cannot become {now}: start a new run for that")
+        ignored = key.startswith(IGNORED)
+        corpus = corpus or ignored
+        effect = "no effect, the corpus stays as it was made" if ignored else "takes effect"
+        if key in ("rows", "row_length", "seed"):
+            effect += "; which records come next differs from an unbroken run"
+        lines.append(f"{key}: {was} -> {now} ({effect})")
+    if corpus:
+        new = new.model_copy(update={"corpus": CorpusConfig.model_validate(before["corpus"])})
+    return new, lines
