@@ -1,0 +1,114 @@
+"""Problems through the engine, with verdicts: what training rollouts and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from gnomon.base.seeds import derive
+from gnomon.protocol.tags import STRUCTURE_TOKENS, TAGS
+from gnomon.protocol.trace import Request, Trace
+from gnomon.reasoner import Reasoner
+from gnomon.tasks.problem import Problem
+from gnomon.tasks.verifiers import verify
+
+MAX_ANSWER_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Job:
+    """One problem under one plan and budget; `samples` rollouts at `temperature` (0 = greedy, one rollout)."""
+
+    problem: Problem
+    plan: str = "predicted"
+    budget: int | None | Literal["predicted"] = "predicted"
+    temperature: float = 0.0
+    samples: int = 1
+    use_prediction: bool = True
+    seed: str = "attempt"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One finished rollout. leaked: a tag or structure token stands in the answer."""
+
+    problem: Problem
+    trace: Trace
+    answer: str
+    correct: bool
+    leaked: bool
+
+
+def run(
+    reasoner: Reasoner,
+    jobs: Sequence[Job],
+    *,
+    max_batch: int = 64,
+    record_taps: bool = False,
+    max_answer_tokens: int = MAX_ANSWER_TOKENS,
+    on_done: Callable[[int], object] | None = None,
+) -> list[list[Attempt]]:
+    """Decode all jobs; one list of rollouts per job, in order. on_done(n) counts finished rollouts."""
+    prompts: dict[str, tuple[int, ...]] = {}
+    requests = []
+    for number, job in enumerate(jobs):
+        text = job.problem.prompt
+        if text not in prompts:
+            prompts[text] = tuple(reasoner.codec.encode_prompt(text))
+        requests.append(
+            Request(
+                str(number),
+                prompts[text],
+                plan=job.plan,
+                budget=job.budget,
+                temperature=job.temperature,
+                n=job.samples,
+                seed=derive(job.seed, text, job.plan),
+                max_answer_tokens=max_answer_tokens,
+                use_prediction=job.use_prediction,
+            )
+        )
+    found: list[list[Attempt]] = [[] for _ in jobs]
+
+    def keep(trace: Trace) -> None:
+        number = int(trace.id)
+        found[number].append(judge(reasoner, jobs[number].problem, trace))
+        if on_done:
+            on_done(1)
+
+    reasoner.engine(max_batch).run(requests, record_taps=record_taps, on_trace=keep)
+    return [sorted(rollouts, key=lambda a: a.trace.sample) for rollouts in found]
+
+
+def judge(reasoner: Reasoner, problem: Problem, trace: Trace) -> Attempt:
+    """The answer of a trace and its verdict; a cut answer is judged as it stands."""
+    answer = reasoner.codec.decode(trace.answer_ids)
+    leaked = any(tag in answer for tag in (*TAGS, *STRUCTURE_TOKENS))
+    return Attempt(problem, trace, answer, trace.answer_tokens > 0 and verify(problem, answer).correct, leaked)
+
+
+def prompt_logprobs(reasoner: Reasoner, problems: Sequence[Problem], chunk: int = 32) -> list[float]:
+    """Mean log-prob of each prompt's tokens under the base: the perplexity baseline of confidence-before."""
+    encoded = [reasoner.codec.encode_prompt(p.prompt) for p in problems]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    values = [0.0] * len(encoded)
+    for start in range(0, len(order), chunk):
+        rows = order[start : start + chunk]
+        width = max(len(encoded[i]) for i in rows)
+        ids = torch.full((len(rows), width), reasoner.codec.layout.pad)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for r, i in enumerate(rows):
+            ids[r, width - len(encoded[i]) :] = torch.tensor(encoded[i])
+            mask[r, width - len(encoded[i]) :] = True
+        cache = reasoner.backbone.new_cache(len(rows), width)
+        out = reasoner.backbone.step(ids, mask, cache, logits="all")
+        assert out.logits is not None
+        scores = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        real = mask[:, :-1]
+        means = (scores * real).sum(-1) / real.sum(-1).clamp_min(1)
+        for r, i in enumerate(rows):
+            values[i] = float(means[r])
+    return values

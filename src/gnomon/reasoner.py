@@ -1,0 +1,208 @@
+"""The one assembly point: backbone + codec + metacognitive layer, loaded from a name or a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gnomon.base.atomic import write_atomic
+from gnomon.base.errors import ModelError, unknown
+from gnomon.base.seeds import derive
+from gnomon.data.codec import Codec, OwnCodec
+from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
+from gnomon.decoding.engine import Engine
+from gnomon.metacognition import store
+from gnomon.metacognition.decide import Decider, combine
+from gnomon.model.backbone import Backbone, OwnBackbone
+from gnomon.model.folder import load_decoder
+from gnomon.protocol.graph import Graph, to_text
+from gnomon.protocol.trace import Request, Trace
+
+BASE_FILE = "base.json"  # in a folder that holds a metacognitive layer only: which base it belongs to
+SHIPPED = ("nano",)
+Budget = int | Literal["predicted"] | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `ask` gives back. think: the nodes in text mode, one per line."""
+
+    answer: str
+    think: str
+    graph: Graph
+    trace: Trace
+
+    def report(self) -> dict[str, Any]:
+        """The schema of decisions.md §4 plus `think` and `answer`."""
+        return {**self.trace.report(), "think": self.think, "answer": self.answer}
+
+
+@dataclass
+class Reasoner:
+    """A base model with its tokenizer and, when there is one, its metacognitive layer.
+
+    best_plan: family -> strategy with the highest val accuracy, stored when the model was shipped.
+    """
+
+    name: str
+    backbone: Backbone
+    codec: Codec
+    base: str
+    decider: Decider | None = None
+    folder: Path | None = None
+    best_plan: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, name: str | Path, device: str = "cpu") -> Reasoner:
+        """A shipped model by name ("nano"), "smollm2" once prepared, or a local folder; never the Hub.
+
+        Raises ModelError naming what is missing, UnknownNameError with the nearest name.
+        """
+        folder = _folder(str(name))
+        pointer = folder / BASE_FILE
+        if pointer.is_file():
+            base = cls.load(json.loads(pointer.read_text(encoding="utf-8"))["base"], device)
+            return base.with_layer(folder)
+        backbone, codec = _base(folder, device)
+        best = folder / "best_plan.json"
+        plans = json.loads(best.read_text(encoding="utf-8")) if best.is_file() else {}
+        bare = cls(str(name), backbone, codec, fingerprint(backbone), folder=folder, best_plan=plans)
+        return bare.with_layer(folder)
+
+    def with_layer(self, folder: Path) -> Reasoner:
+        """The same base with the metacognitive layer of `folder` (unchanged when it holds none)."""
+        found = store.load(folder, self.base)
+        if found is None:
+            return self
+        heads, card = found
+        best = {**self.best_plan, **(card.best_plan if card else {})}
+        return replace(self, decider=Decider(heads, card), best_plan=best)
+
+    def save_layer(self, folder: Path) -> None:
+        """Write the metacognitive layer to `folder` and, unless the base lies there too, which base it belongs to."""
+        if self.decider is None:
+            raise ModelError(f"{self.name} has no metacognitive layer to save; train one with `gnomon train metacog`")
+        store.save(folder, self.decider.heads, self.decider.card, self.base)
+        if not (folder / "config.json").is_file():
+            base = self.name if self.folder is None or self.name in SHIPPED else str(self.folder.resolve())
+            write_atomic(folder / BASE_FILE, json.dumps({"base": base}) + "\n")
+
+    def engine(self, max_batch: int = 64) -> Engine:
+        return Engine(self.backbone, self.codec.layout, self.decider, max_batch=max_batch)
+
+    def request(self, ident: str, text: str, **options: Any) -> Request:
+        """A Request for a prompt text; options as in `protocol.trace.Request`."""
+        return Request(ident, tuple(self.codec.encode_prompt(text)), **options)
+
+    def read(self, trace: Trace) -> Answer:
+        """A finished trace as texts."""
+        graph = self.codec.think_graph(trace.think_ids, truncated=not trace.closed_naturally)
+        answer = self.codec.decode(trace.answer_ids)
+        return Answer(answer, to_text(graph.nodes), graph, trace)
+
+    def ask(
+        self,
+        text: str,
+        plan: str = "predicted",
+        budget: Budget = "predicted",
+        temperature: float = 0.0,
+        seed: str = "ask",
+        max_answer_tokens: int | None = None,
+    ) -> Answer:
+        """Answer one question. Without a metacognitive layer "predicted" means steps and no cap."""
+        if self.decider is None:
+            plan = "steps" if plan == "predicted" else plan
+            budget = None if budget == "predicted" else budget
+        request = self.request(
+            "ask",
+            text,
+            plan=plan,
+            budget=budget,
+            temperature=temperature,
+            seed=derive(seed),
+            max_answer_tokens=max_answer_tokens,
+        )
+        return self.read(self.engine(1).run([request])[0])
+
+    def decide(self, text: str) -> dict[str, Any]:
+        """Plan, budget and confidence for a prompt without generating (`ask --no-decode`)."""
+        if self.decider is None:
+            raise ModelError(f"{self.name} has no metacognitive layer; train one with `gnomon train metacog`")
+        prompt = torch.tensor([self.codec.encode_prompt(text)])
+        mask = torch.ones_like(prompt, dtype=torch.bool)
+        layout = self.codec.layout
+        longest = max(len(ids) for ids in layout.plans.values()) + len(layout.think)
+        cache = self.backbone.new_cache(1, prompt.shape[1] + longest)
+        out = self.backbone.step(prompt, mask, cache, logits="none", want_taps=True)
+        assert out.taps is not None
+        plan = self.decider.plan(out.taps)[0]
+        tags = torch.tensor([[*layout.plan_ids(plan.plan), *layout.think]])
+        mask = torch.cat([mask, torch.ones_like(tags, dtype=torch.bool)], dim=1)
+        out = self.backbone.step(tags, mask, out.cache, logits="none", want_taps=True)
+        assert out.taps is not None
+        decision = combine(plan, self.decider.budget(out.taps, [plan.plan])[0])
+        return {
+            "plan": decision.plan,
+            "plan_probs": decision.plan_probs,
+            "budget": {"predicted": decision.budget_predicted, "clipped": decision.budget_clipped},
+            "confidence": {"before": decision.confidence, "after": None, "calibrated": decision.calibrated},
+        }
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """Hash of a base's parameter names, shapes and a spread sample of every parameter's values."""
+    digest = hashlib.sha256()
+    module: torch.nn.Module = backbone.module  # type: ignore[attr-defined]
+    for name, tensor in sorted(module.named_parameters()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float32)
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode() + sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def shipped(name: str) -> Path:
+    """Folder of a model inside the package."""
+    return Path(str(resources.files("gnomon") / "assets" / name))
+
+
+def _folder(name: str) -> Path:
+    if name in SHIPPED:
+        return shipped(name)
+    if name == "smollm2":
+        from gnomon.model.load import smollm2_folder
+
+        return smollm2_folder()
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return folder
+    if "/" not in name and "\\" not in name:
+        raise unknown("model", name, (*SHIPPED, "smollm2", "<a local folder>"))
+    raise ModelError(f"no model folder at {folder.resolve()}; give a folder with config.json and weights, or a name")
+
+
+def _base(folder: Path, device: str) -> tuple[Backbone, Codec]:
+    own = (folder / MODEL_FILE).is_file()
+    if own:
+        return OwnBackbone(load_decoder(folder).to(device)), OwnCodec(Tokenizer.load(folder))
+    from gnomon.data.foreign import TextCodec
+    from gnomon.model.load import load_base
+
+    backbone, tokenizer = load_base(folder, device)
+    return backbone, TextCodec(tokenizer)
+
+
+def from_parts(name: str, backbone: Backbone, codec: Codec) -> Reasoner:
+    """A Reasoner without a layer from a backbone and a codec that are in memory (training, tests)."""
+    return Reasoner(name, backbone, codec, fingerprint(backbone))
+
+
+def texts(reasoner: Reasoner, traces: Sequence[Trace]) -> list[str]:
+    """The answers of traces."""
+    return [reasoner.codec.decode(t.answer_ids) for t in traces]

@@ -1,0 +1,196 @@
+"""Metacognitive training, supervised part: label by sampling, fit heads, calibrate, evaluate, report (row R2)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from gnomon.attempts import Job, run
+from gnomon.base.config import Config
+from gnomon.base.errors import DataError
+from gnomon.base.runs import Run
+from gnomon.base.seeds import derive
+from gnomon.base.telemetry import Progress
+from gnomon.evaluation import runner
+from gnomon.evaluation.baselines import best_strategy
+from gnomon.evaluation.calibration_fit import Uncapped, fit_card
+from gnomon.evaluation.records import EvalRecord
+from gnomon.evaluation.sweep import Sweep
+from gnomon.metacognition.calibration import Card
+from gnomon.metacognition.decide import Decider
+from gnomon.metacognition.heads import MetacogHeads
+from gnomon.reasoner import Reasoner
+from gnomon.tasks.problem import Problem
+from gnomon.tasks.procedural import problems
+from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy
+from gnomon.training.labels import LabelSet, cache_folder
+from gnomon.training.rollout import label
+
+
+class MetacogRunConfig(Config):
+    """One run of `train metacog`. Problems per split; samples: rollouts beside the greedy one, at T = 0.8."""
+
+    base: str = "nano"
+    tasks: str = "all"
+    label_n: int = Field(default=600, ge=20)
+    calibration_n: int = Field(default=400, ge=20)
+    val_n: int = Field(default=200, ge=10)
+    test_n: int = Field(default=600, ge=10)
+    levels: tuple[int, ...] = (1, 2, 3, 4, 5)
+    samples: int = Field(default=3, ge=0)
+    strategies: tuple[str, ...] | None = None
+    max_think: int | None = Field(default=None, description="cap of the labelling rollouts; null = the context")
+    stream: str = "metacog"
+    seed: int = 0
+    max_batch: int = Field(default=64, ge=1)
+    with_sweep: bool = True
+    labels: str | None = Field(default=None, description="a folder of labels from an earlier run with this base")
+    heads: HeadsConfig = HeadsConfig()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A reasoner with its new layer, and what every stage reported."""
+
+    reasoner: Reasoner
+    heads_report: dict[str, Any]
+    card_report: dict[str, Any]
+    labels: LabelSet
+
+
+def draw_labels(base: Reasoner, config: MetacogRunConfig, split: str, n: int, samples: int, cache: Path) -> LabelSet:
+    """Labels of `n` problems of a split, from the cache when the same labels were made before."""
+    strategies = config.strategies or base.codec.strategies
+    facts = {
+        "base": base.base, "tasks": config.tasks, "split": split, "n": n, "samples": samples, "levels": config.levels,
+        "stream": config.stream, "cap": config.max_think, "strategies": strategies, "version": 1,
+    }  # fmt: skip
+    folder = cache_folder(cache, facts)
+    if (folder / "labels.json").is_file():
+        return LabelSet.load(folder)
+    items = problems(config.tasks, split, config.stream, n, config.levels)
+    total = n * len(strategies) * (1 + samples)
+    with Progress(f"rollouts ({split})", total) as bar:
+        found = label(
+            base, items, strategies=strategies, samples=samples, cap=config.max_think, max_batch=config.max_batch,
+            seed=f"labels/{config.stream}/{split}", on_done=bar.advance, meta=facts,
+        )  # fmt: skip
+    found.save(folder)
+    return found
+
+
+def calibrate(
+    base: Reasoner,
+    heads: MetacogHeads,
+    labels: LabelSet,
+    items: Sequence[Problem],
+    cost_order: Sequence[str],
+    config: MetacogRunConfig,
+    best_plan: dict[str, str],
+) -> tuple[Card, dict[str, Any]]:
+    """Fit the card on greedy outcomes of the calibration split; rows that the clip would cut are decoded cut."""
+    bare = replace(base, decider=Decider(heads))
+
+    def cut(rows: Any, plans: Sequence[str], caps: Any) -> tuple[Any, Any]:
+        jobs = [
+            Job(items[int(i)], plan, int(cap), use_prediction=False, seed="calibrate")
+            for i, plan, cap in zip(rows, plans, caps, strict=True)
+        ]
+        found = [group[0] for group in run(bare, jobs, max_batch=config.max_batch)]
+        after = [a.trace.confidence_after_raw for a in found]
+        return np.array([a.correct for a in found]), np.array([0.0 if x is None else x for x in after])
+
+    greedy = read_greedy(heads, labels)
+    return fit_card(
+        Uncapped(**greedy),
+        cost_order,
+        weights=heads.fingerprint(),
+        dataset=config.tasks,
+        stream=config.stream,
+        best_plan=best_plan,
+        cut=cut,
+    )
+
+
+def train(base: Reasoner, config: MetacogRunConfig, cache: Path, on_step: Any = None) -> Trained:
+    """Label, fit heads, calibrate. Train, val and calibration problems are disjoint by construction."""
+    if config.labels is not None:
+        labels = LabelSet.load(Path(config.labels))
+        if labels.meta.get("base") != base.base:
+            raise DataError(f"the labels in {config.labels} were made by another base than {config.base}; label again")
+    else:
+        labels = draw_labels(base, config, "train", config.label_n, config.samples, cache)
+    with Progress("fit heads", config.heads.steps) as bar:
+        heads, report = fit_heads(
+            labels, config.heads, config.seed, on_step=lambda step, row: _tick(bar, step, row, on_step)
+        )
+    val = draw_labels(base, config, "val", config.val_n, 0, cache)
+    held = read_greedy(heads, val)
+    best = best_strategy(held["family"], held["correct"], held["used"], val.strategies)
+    calibration = draw_labels(base, config, "calibration", config.calibration_n, 0, cache)
+    items = problems(config.tasks, "calibration", config.stream, config.calibration_n, config.levels)
+    card, card_report = calibrate(base, heads, calibration, items, labels.cost_order(), config, best)
+    reasoner = replace(base, decider=Decider(heads, card), best_plan={**base.best_plan, **best})
+    return Trained(reasoner, report, card_report, labels)
+
+
+def _tick(bar: Progress, step: int, row: dict[str, Any], on_step: Any) -> None:
+    bar.advance(1, f"loss {row['loss']:.3f}")
+    if on_step is not None:
+        on_step(step, row)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run measured on its test stream."""
+
+    trained: Trained
+    summary: dict[str, Any]
+    records: list[EvalRecord]
+    sweep: Sweep | None
+    seconds: dict[str, float]
+
+
+def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
+    """The whole path into a run folder: model/, results.json, report.html. Test problems come from their own stream."""
+    began = time.monotonic()
+    base = Reasoner.load(config.base)
+    folder.status("training heads")
+    trained = train(base, config, folder.folder / "labels", lambda step, row: folder.row(step, **_rates(row)))
+    trained.reasoner.save_layer(folder.folder / "model")
+    seconds = {"train": time.monotonic() - began}
+    folder.status("evaluating")
+    stream = f"{config.stream}/test/{derive(config.seed) % 10_000}"
+    found = runner.evaluate(
+        trained.reasoner, config.tasks, "test", stream, config.test_n, levels=config.levels,
+        baseline_n=config.calibration_n, max_batch=config.max_batch,
+    )  # fmt: skip
+    seconds["evaluate"] = time.monotonic() - began - seconds["train"]
+    swept = None
+    if config.with_sweep:
+        swept = runner.sweep(
+            trained.reasoner, config.tasks, "test", stream, config.test_n, config.levels,
+            val_n=config.val_n, max_batch=config.max_batch, cap=config.max_think, strategies=config.strategies,
+        )  # fmt: skip
+        seconds["sweep"] = time.monotonic() - began - sum(seconds.values())
+    results = {
+        "summary": found.summary,
+        "sweep": None if swept is None else swept.to_json(),
+        "heads": trained.heads_report,
+        "card": trained.card_report,
+        "seconds": seconds,
+    }
+    folder.write_json("results.json", results)
+    return Outcome(trained, found.summary, found.records, swept, seconds)
+
+
+def _rates(row: dict[str, Any]) -> dict[str, float]:
+    return {f"train/{k}": float(v) for k, v in row.items() if isinstance(v, (int, float))}
+
+
