@@ -77,24 +77,33 @@ def _params(t: Tensor, k: Tensor, p: Tensor, greedy: Tensor, keys: np.ndarray) -
 def log_distribution(logits: Tensor, settings: Params) -> Tensor:
     """Log-probs [B, V] float32 of the distribution that is sampled: temperature, top-k, then top-p (renormalised).
 
-    Greedy rows: temperature 1, no truncation. Truncated and masked tokens get -inf. Among equal logits the lower id
-    ranks first. At least one token stays.
+    Greedy rows: temperature 1, no truncation. Truncated and masked tokens get -inf. Tokens that tie with the last one
+    kept stay; at least one token always does.
     """
     scaled = logits / settings.temperature[:, None]
     if settings.truncates:
-        order = scaled.argsort(dim=-1, descending=True, stable=True)
-        ranked = scaled.gather(1, order)
-        rank = torch.arange(ranked.shape[1], device=logits.device)
-        k = torch.where(settings.greedy, 2**62, settings.top_k)
-        p = torch.where(settings.greedy, 1.0, settings.top_p)
-        ranked = ranked.masked_fill(rank[None] >= k[:, None], -torch.inf)
-        probs = ranked.double().softmax(-1)
-        before = probs.cumsum(-1) - probs
-        drop = (before >= p[:, None].double()) & (p < 1)[:, None]
-        drop[:, 0] = False
-        ranked = ranked.masked_fill(drop, -torch.inf)
-        scaled = torch.empty_like(ranked).scatter_(1, order, ranked)
+        scaled = scaled.masked_fill(scaled < _floor(scaled, settings), -torch.inf)
     return scaled.log_softmax(-1)
+
+
+def _floor(scaled: Tensor, settings: Params) -> Tensor:
+    """The lowest scaled logit [B, 1] that top-k and top-p keep."""
+    ranked = _descending(scaled)
+    rank = torch.arange(ranked.shape[1], device=scaled.device)[None]
+    k = torch.where(settings.greedy, 2**62, settings.top_k)[:, None]
+    p = torch.where(settings.greedy, 2.0, settings.top_p)[:, None]
+    p = torch.where(p < 1, p, 2.0)
+    probs = ranked.masked_fill(rank >= k, -torch.inf).softmax(-1)
+    before = probs.cumsum(-1, dtype=torch.float64) - probs
+    kept = ((before < p) & (rank < k)).sum(-1, keepdim=True).clamp_min(1)
+    return ranked.gather(1, kept - 1)
+
+
+def _descending(x: Tensor) -> Tensor:
+    """Rows sorted from high to low; numpy's vectorised sort is ten times faster than torch's on a CPU."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(-np.sort(-x.numpy(), axis=-1))
+    return x.sort(dim=-1, descending=True).values
 
 
 def sample(logits: Tensor, settings: Params, steps: np.ndarray, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -105,7 +114,7 @@ def sample(logits: Tensor, settings: Params, steps: np.ndarray, mask: Tensor | N
         ids = logits.argmax(-1)
         return ids, logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
     logp = log_distribution(logits, settings)
-    cdf = logp.double().exp().cumsum(-1)
+    cdf = logp.exp().cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:]
     u = torch.from_numpy(uniforms(settings.keys, steps)).to(logits.device)[:, None]
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
