@@ -72,6 +72,8 @@ def test_a_template_that_opened_or_closed_the_block_is_respected() -> None:
     assert (opened.think, opened.answer) == ("hm", "yes")
     closed = split("yes", text_splitter(start="answer", bare=True))
     assert (closed.think, closed.answer, closed.truncated) == ("", "yes", False)
+    reopened = split(f"{THINK}a{END_THINK}{ANSWER}half{THINK}hm", text_splitter())
+    assert (reopened.think, reopened.answer, reopened.truncated) == ("ahm", "", True)
     never = split("hm and on", text_splitter(start="think", bare=True))
     assert never.answer == "" and never.truncated
 
