@@ -24,7 +24,7 @@ class Job:
 
     problem: Problem
     plan: str = "predicted"
-    budget: int | None | Literal["predicted"] = "predicted"
+    budget: int | Literal["predicted"] | None = "predicted"
     temperature: float = 0.0
     samples: int = 1
     use_prediction: bool = True

@@ -176,7 +176,7 @@ def _folder(name: str) -> Path:
     if name in SHIPPED:
         return shipped(name)
     if name == "smollm2":
-        from gnomon.model.load import smollm2_folder
+        from gnomon.model.gguf import smollm2_folder
 
         return smollm2_folder()
     folder = Path(name).expanduser()
@@ -192,10 +192,9 @@ def _base(folder: Path, device: str) -> tuple[Backbone, Codec]:
     if own:
         return OwnBackbone(load_decoder(folder).to(device)), OwnCodec(Tokenizer.load(folder))
     from gnomon.data.foreign import TextCodec
-    from gnomon.model.load import load_base
+    from gnomon.model.load import load_backbone
 
-    backbone, tokenizer = load_base(folder, device)
-    return backbone, TextCodec(tokenizer)
+    return load_backbone(folder, device=device), TextCodec.load(folder)
 
 
 def from_parts(name: str, backbone: Backbone, codec: Codec) -> Reasoner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -165,14 +164,22 @@ def sweep_problems(
 ) -> Sweep:
     """All budgets × strategies, greedy. A row that an uncapped pass closed within B is not decoded again for B."""
     names = tuple(strategies or reasoner.codec.strategies)
-
-    def decode(strategy: str, rows: Sequence[int], budget: int | None) -> list[Outcome]:
-        jobs = [Job(items[i], strategy, budget, use_prediction=False, seed="sweep") for i in rows]
-        return [_outcome(found[0]) for found in run(reasoner, jobs, max_batch=max_batch)]
-
-    with Progress(title, len(names) * len(budgets), quiet=quiet) as bar:
-        uncapped = functools.partial(decode, rows=range(len(items)), budget=cap)
-        return run_sweep(names, uncapped, decode, budgets, lambda *_: bar.advance())
+    cells = [(s, i) for i in range(len(items)) for s in names]  # neighbours share a prompt, so they share its prefill
+    with Progress(f"{title}: uncapped", len(cells), quiet=quiet) as bar:
+        jobs = [Job(items[i], s, cap, use_prediction=False, seed="sweep") for s, i in cells]
+        found = run(reasoner, jobs, max_batch=max_batch, on_done=bar.advance)
+    full = {cell: _outcome(group[0]) for cell, group in zip(cells, found, strict=True)}
+    over = [(s, i, b) for s, i in cells for b in budgets if b is not None and full[s, i].used > b]
+    with Progress(f"{title}: cut", len(over), quiet=quiet) as bar:
+        jobs = [Job(items[i], s, b, use_prediction=False, seed="sweep") for s, i, b in over]
+        found = run(reasoner, jobs, max_batch=max_batch, on_done=bar.advance)
+    cut = {cell: _outcome(group[0]) for cell, group in zip(over, found, strict=True)}
+    return run_sweep(
+        names,
+        lambda s: [full[s, i] for i in range(len(items))],
+        lambda s, rows, b: [cut[s, i, b] for i in rows],
+        budgets,
+    )
 
 
 def _outcome(attempt: Attempt) -> Outcome:

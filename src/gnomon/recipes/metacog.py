@@ -192,5 +192,3 @@ def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
 
 def _rates(row: dict[str, Any]) -> dict[str, float]:
     return {f"train/{k}": float(v) for k, v in row.items() if isinstance(v, (int, float))}
-
-

@@ -1,0 +1,112 @@
+"""The claims of a run as a table, each computed in that run with its interval and baseline, and the report page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gnomon.evaluation.report import ReportData, Table, interval, show, write_report
+from gnomon.recipes.metacog import MetacogRunConfig, Outcome
+
+COLUMNS = ("claim", "measured", "95 % interval", "baseline", "n")
+Row = tuple[str, str, str, str, str]
+
+
+def claims(outcome: Outcome) -> list[Row]:
+    """Rows of the last table; nothing in it comes from elsewhere than `outcome`."""
+    s = outcome.summary
+    base: Mapping[str, Any] = s["baselines"]
+    n = str(s["n"])
+    over = sum(max(0, r.used - r.budget_effective) for r in outcome.records if r.budget_effective is not None)
+    rows: list[Row] = [
+        ("think tokens beyond the cap", str(over), "–", "a cap is kept or not", n),
+        ("accuracy, predicted plan and budget", show(s["accuracy"]), interval(s["accuracy_ci"]), _table_note(s), n),
+    ]
+    if outcome.sweep is not None and "predicted" in outcome.sweep.extra:
+        rows += _policy_rows(outcome, n)
+    for label, suffix, others in (
+        ("after thinking", "", ("answer_probability", "trace_length", "family_level")),
+        ("before thinking", "_before", ("family_level", "prompt_perplexity")),
+    ):
+        count = str(s[f"confidence_n{suffix}"])
+        for name, key in (("AUROC", "auroc"), ("calibration error", "ece")):
+            beside = ", ".join(f"{o.replace('_', ' ')} {show(base[o].get(key))}" for o in others if o in base)
+            value = show(s[f"{key}{suffix}"])
+            rows.append((f"confidence {label}: {name}", value, interval(s[f"{key}_ci{suffix}"]), beside, count))
+    mean = base.get("budget_family_plan_mean", {})
+    count = str(s["budget_n"])
+    for name, key in (("pooled", "budget_corr"), ("within families", "budget_corr_within_task")):
+        beside = f"(family, plan) mean {show(mean.get(key))}"
+        rows.append((f"budget against need, {name}: r", show(s[key]), interval(s[f"{key}_ci"]), beside, count))
+    rows.append(
+        ("solutions in the 90 % budget", show(s["budget_coverage"]), interval(s["budget_coverage_ci"]), "0.90", count)
+    )
+    return rows
+
+
+def _table_note(summary: Mapping[str, Any]) -> str:
+    share = {k: v["n"] / summary["n"] for k, v in summary["by_plan"].items()}
+    return "plans " + ", ".join(f"{k} {v:.0%}" for k, v in share.items())
+
+
+def _policy_rows(outcome: Outcome, n: str) -> list[Row]:
+    assert outcome.sweep is not None
+    extra = outcome.sweep.extra
+    mine, best = extra["predicted"], extra["best_fixed"]
+    reach = [p["tokens"] for p in extra["constants"]["points"] if p["accuracy"] >= mine["accuracy"]]
+    floor = outcome.sweep.budget_valleys()
+    constant = f"best per-family constant at this accuracy {show(min(reach))}" if reach else "no constant reaches it"
+    return [
+        (
+            "accuracy lost against the best fixed strategy per family",
+            show(mine["loss"]),
+            interval(mine["loss_ci"]),
+            f"best fixed, unlimited {show(best['accuracy'])}",
+            n,
+        ),
+        (
+            "think tokens per problem",
+            show(mine["tokens"]),
+            f"{mine['token_share']:.0%} of best fixed",
+            f"best fixed {show(best['tokens'])}; {constant}",
+            n,
+        ),
+        ("budgets below no-think accuracy − 0.5 points", str(len(floor)), "–", f"of {len(outcome.sweep.budgets)}", n),
+    ]
+
+
+def write(outcome: Outcome, config: MetacogRunConfig, folder: Path, title: str) -> Path:
+    """report.html, plots/*.png and sweep.csv in the run folder; returns the page."""
+    if outcome.sweep is not None:
+        outcome.sweep.to_csv(folder / "sweep.csv")
+    heads = outcome.trained.heads_report
+    facts = {
+        "base": config.base,
+        "tasks": config.tasks,
+        "problems": f"{config.label_n} label, {config.calibration_n} calibration, {config.val_n} val, "
+        f"{config.test_n} test",
+        "stream, seed": f"{config.stream}, {config.seed}",
+        "seconds": ", ".join(f"{k} {v:.0f}" for k, v in outcome.seconds.items()),
+        "heads": f"{heads['parameters']:,} parameters, {heads['steps']} steps, {heads['seconds']:.0f} s",
+    }
+    data = ReportData(
+        title,
+        outcome.summary,
+        outcome.records,
+        outcome.sweep,
+        heads["telemetry"].get("alpha_by_site", {}),
+        heads["curve"],
+        (
+            Table("Labels", ("strategy", "accuracy", "think tokens", "cheapest solver"), _labels(heads)),
+            Table("What this run shows", COLUMNS, claims(outcome), "Every number was computed in this run."),
+        ),
+        facts,
+    )
+    return write_report(folder, data)
+
+
+def _labels(heads: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    labels = heads["labels"]
+    rows = [(k, v["accuracy"], v["think_tokens_mean"], v["label"]) for k, v in labels["by_strategy"].items()]
+    return [*rows, ("none solves it", None, None, labels["unsolved"])]
