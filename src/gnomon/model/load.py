@@ -50,11 +50,15 @@ def check_folder(folder: Path, tokenizer: bool = True) -> dict[str, Any]:
         missing.append(TOKENIZER)
     if missing:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-        raise ModelError(f"the model folder {str(folder)!r} is not complete; missing: {'; '.join(missing)} (there: {there})")
+        raise ModelError(
+            f"the model folder {str(folder)!r} is not complete; missing: {'; '.join(missing)} (there: {there})"
+        )
     return config
 
 
-def load_backbone(base: str | Path, *, dtype: str = "float32", device: str = "cpu", cache: str | Path | None = None) -> HFBackbone:
+def load_backbone(
+    base: str | Path, *, dtype: str = "float32", device: str = "cpu", cache: str | Path | None = None
+) -> HFBackbone:
     """Any local Hugging Face causal LM behind the backbone protocol; `base` as in `resolve_base`.
 
     dtype: a torch type's name. Raises ModelError for a folder that is missing, half there, damaged, of an
@@ -70,7 +74,12 @@ def load_backbone(base: str | Path, *, dtype: str = "float32", device: str = "cp
         raise ModelError(f"unknown dtype {dtype!r}; write float32, bfloat16 or float16")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=kind, output_loading_info=True
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=kind,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).split("\n", 1)[0]
