@@ -30,7 +30,7 @@ class DecoderCache:
 
     def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_size: int, like: Tensor):
         shape = (2, batch, heads, capacity, head_size)
-        self.store = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
+        self.store = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
         self.length = 0
         self.capacity = capacity
 
@@ -43,4 +43,8 @@ class DecoderCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder rows: rows int64 [B']."""
-        self.store = [store.index_select(1, rows.to(store.device)) for store in self.store]
+        for i, store in enumerate(self.store):
+            kept = store.new_empty((2, len(rows), *store.shape[2:]))
+            # Only what is filled is copied; capacity is mostly free space.
+            kept[..., : self.length, :] = store[..., : self.length, :].index_select(1, rows.to(store.device))
+            self.store[i] = kept
