@@ -187,9 +187,17 @@ def _folder(name: str) -> Path:
     raise ModelError(f"no model folder at {folder.resolve()}; give a folder with config.json and weights, or a name")
 
 
+def is_own(name: str) -> bool:
+    """Whether a model name or folder is one of our own decoders (a folder of a layer counts as its base)."""
+    folder = _folder(name)
+    pointer = folder / BASE_FILE
+    if pointer.is_file():
+        return is_own(json.loads(pointer.read_text(encoding="utf-8"))["base"])
+    return (folder / MODEL_FILE).is_file()
+
+
 def _base(folder: Path, device: str) -> tuple[Backbone, Codec]:
-    own = (folder / MODEL_FILE).is_file()
-    if own:
+    if (folder / MODEL_FILE).is_file():
         return OwnBackbone(load_decoder(folder).to(device)), OwnCodec(Tokenizer.load(folder))
     from gnomon.data.foreign import TextCodec
     from gnomon.model.load import load_backbone

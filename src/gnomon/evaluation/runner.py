@@ -133,10 +133,14 @@ def evaluate(
     levels: Sequence[int] = LEVELS,
     *,
     baseline_n: int = 600,
+    cap: int | None = None,
     max_batch: int = 64,
     quiet: bool = False,
 ) -> Evaluated:
-    """Quality, budgets and confidence on `n` problems; baselines are fitted on `baseline_n` calibration problems."""
+    """Quality, budgets and confidence on `n` problems; baselines are fitted on `baseline_n` calibration problems.
+
+    cap: think tokens at which the uncapped pass stops all the same (None = the context).
+    """
     items = problems(tasks, split, stream, n, levels)
     for item in items[:1]:
         plan_of(reasoner, plan, item.task)
@@ -145,9 +149,13 @@ def evaluate(
     if fit_n:
         held = problems(tasks, "calibration", f"{stream}/baselines", fit_n, levels)
         with Progress("fit baselines", fit_n, quiet=quiet) as bar:
-            calibration, _ = decode_records(reasoner, held, plan, budget, max_batch=max_batch, on_done=bar.advance)
+            calibration, _ = decode_records(
+                reasoner, held, plan, budget, cap=cap, max_batch=max_batch, on_done=bar.advance
+            )
     with Progress("evaluate", n, quiet=quiet) as bar:
-        records, attempts = decode_records(reasoner, items, plan, budget, max_batch=max_batch, on_done=bar.advance)
+        records, attempts = decode_records(
+            reasoner, items, plan, budget, cap=cap, max_batch=max_batch, on_done=bar.advance
+        )
     return Evaluated(summarise(records, calibration or None), records, calibration, attempts)
 
 

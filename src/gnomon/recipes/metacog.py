@@ -25,7 +25,7 @@ from gnomon.evaluation.sweep import Sweep
 from gnomon.metacognition.calibration import Card
 from gnomon.metacognition.decide import Decider
 from gnomon.metacognition.heads import MetacogHeads
-from gnomon.reasoner import Reasoner
+from gnomon.reasoner import Reasoner, is_own
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
 from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy
@@ -52,6 +52,15 @@ class MetacogRunConfig(Config):
     with_sweep: bool = True
     labels: str | None = Field(default=None, description="a folder of labels from an earlier run with this base")
     heads: HeadsConfig = HeadsConfig()
+
+
+# A real pretrained base on a CPU: two strategies, short thoughts, greedy and one sampled rollout.
+FOREIGN_SIZES = {"label_n": 300, "calibration_n": 100, "val_n": 50, "test_n": 200, "samples": 1, "max_think": 64}
+
+
+def defaults_for(base: str) -> dict[str, Any]:
+    """Field values that suit a base where the user names none."""
+    return {} if is_own(base) else dict(FOREIGN_SIZES)
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,7 @@ def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
     stream = f"{config.stream}/test/{derive(config.seed) % 10_000}"
     found = runner.evaluate(
         trained.reasoner, config.tasks, "test", stream, config.test_n, levels=config.levels,
-        baseline_n=config.calibration_n, max_batch=config.max_batch,
+        baseline_n=config.calibration_n, cap=config.max_think, max_batch=config.max_batch,
     )  # fmt: skip
     seconds["evaluate"] = time.monotonic() - began - seconds["train"]
     swept = None
