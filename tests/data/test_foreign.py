@@ -70,9 +70,7 @@ def test_prompt_is_the_template_with_examples_and_ends_with_the_generation_promp
     for example in DEFAULT_STYLE.examples:
         think = to_text(example.nodes)
         block = f"{tags.THINK}\n{think}" + ("\n" if think else "") + tags.END_THINK
-        turn = (
-            f"{DEFAULT_STYLE.strategies[example.strategy]}{block}\n{tags.ANSWER}\n{example.answer}\n{tags.END_ANSWER}"
-        )
+        turn = f"{DEFAULT_STYLE.strategies[example.strategy]}{block}\n{tags.ANSWER}{example.answer}{tags.END_ANSWER}"
         assert f"<|turn|>user\n{example.question}<|end|>\n<|turn|>assistant\n{turn}<|end|>\n" in text
 
 
@@ -81,7 +79,7 @@ def test_an_example_is_written_with_the_ids_that_the_engine_would_append(codec: 
     example = next(e for e in DEFAULT_STYLE.examples if e.nodes)
     think = codec.encode_text(to_text(example.nodes) + "\n")
     opened = [*layout.plan_ids(example.strategy), *layout.think, *think, *layout.end_think, *layout.answer]
-    turn = [*opened, *codec.encode_text(example.answer + "\n"), *layout.end_answer, *layout.eos]
+    turn = [*opened, *codec.encode_text(example.answer), *layout.end_answer, *layout.eos]
     assert any(ids[i : i + len(turn)] == turn for i in range(len(ids)))
 
 
@@ -124,7 +122,7 @@ def test_tags_are_several_tokens_and_the_vocabulary_is_untouched() -> None:
     for ids, text in (
         (codec.layout.think, tags.THINK + "\n"),
         (codec.layout.end_think, tags.END_THINK),
-        (codec.layout.answer, f"\n{tags.ANSWER}\n"),
+        (codec.layout.answer, f"\n{tags.ANSWER}"),
         (codec.layout.end_answer, tags.END_ANSWER),
     ):
         assert shown(codec, list(ids)) == text
