@@ -27,6 +27,7 @@ from gnomon.protocol.trace import Request, Trace
 
 BASE_FILE = "base.json"  # in a folder that holds a metacognitive layer only: which base it belongs to
 SHIPPED = ("nano",)
+FOREIGN_MAX_THINK = 128  # a base that never learned to close its block should not fill its context
 Budget = int | Literal["predicted"] | None
 
 
@@ -49,6 +50,7 @@ class Reasoner:
     """A base model with its tokenizer and, when there is one, its metacognitive layer.
 
     best_plan: family -> strategy with the highest val accuracy, stored when the model was shipped.
+    max_think: think tokens where nobody names a number (None = what the context leaves).
     """
 
     name: str
@@ -58,6 +60,7 @@ class Reasoner:
     decider: Decider | None = None
     folder: Path | None = None
     best_plan: dict[str, str] = field(default_factory=dict)
+    max_think: int | None = None
 
     @classmethod
     def load(cls, name: str | Path, device: str = "cpu") -> Reasoner:
@@ -68,12 +71,14 @@ class Reasoner:
         folder = _folder(str(name))
         pointer = folder / BASE_FILE
         if pointer.is_file():
-            base = cls.load(json.loads(pointer.read_text(encoding="utf-8"))["base"], device)
-            return base.with_layer(folder)
+            below = json.loads(pointer.read_text(encoding="utf-8"))["base"]
+            return cls.load(below, device).with_layer(folder)
         backbone, codec = _base(folder, device)
         best = folder / "best_plan.json"
         plans = json.loads(best.read_text(encoding="utf-8")) if best.is_file() else {}
-        bare = cls(str(name), backbone, codec, fingerprint(backbone), folder=folder, best_plan=plans)
+        most = None if isinstance(backbone, OwnBackbone) else FOREIGN_MAX_THINK
+        base = fingerprint(backbone)
+        bare = cls(str(name), backbone, codec, base, folder=folder, best_plan=plans, max_think=most)
         return bare.with_layer(folder)
 
     def with_layer(self, folder: Path) -> Reasoner:
@@ -95,7 +100,7 @@ class Reasoner:
             write_atomic(folder / BASE_FILE, json.dumps({"base": base}) + "\n")
 
     def engine(self, max_batch: int = 64) -> Engine:
-        return Engine(self.backbone, self.codec.layout, self.decider, max_batch=max_batch)
+        return Engine(self.backbone, self.codec.layout, self.decider, max_batch=max_batch, max_think=self.max_think)
 
     def request(self, ident: str, text: str, **options: Any) -> Request:
         """A Request for a prompt text; options as in `protocol.trace.Request`."""
@@ -180,6 +185,10 @@ def _folder(name: str) -> Path:
 
         return smollm2_folder()
     folder = Path(name).expanduser()
+    if folder.suffix == ".gguf":
+        from gnomon.model.load import resolve_base
+
+        return resolve_base(folder)
     if folder.exists():
         return folder
     if "/" not in name and "\\" not in name:

@@ -197,11 +197,17 @@ class _Wave:
         # Padding takes slots of the cache, never positions.
         tail = max(row.upper + row.max_answer for row in rows) + layout.overhead
         prefix = max(len(ids) for ids in layout.plans.values()) + len(layout.think)
-        self.cache = self.engine.backbone.new_cache(len(unique), width + prefix + tail)
-        ids, real = left_pad(list(unique), layout.pad, width)
-        self.mask = torch.zeros((len(unique), width + prefix + tail), dtype=torch.bool)
-        self.mask[:, :width] = real
-        self.mask = self.mask.to(self.device)
+        prompts, shared = list(unique), common_prefix(list(unique))
+        capacity = width + prefix + tail
+        self.cache = self.engine.backbone.new_cache(1 if shared else len(unique), capacity)
+        self.mask = torch.zeros((len(unique), capacity), dtype=torch.bool, device=self.device)
+        if shared:  # the instruction and examples of a foreign base: once for all rows
+            head = torch.tensor([prompts[0][:shared]], device=self.device)
+            self.engine.backbone.step(head, torch.ones_like(head, dtype=torch.bool), self.cache, logits="none")
+            self.cache.select(torch.zeros(len(unique), dtype=torch.int64, device=self.device))
+            self.mask[:, :shared] = True
+        ids, real = left_pad([p[shared:] for p in prompts], layout.pad, width - shared)
+        self.mask[:, shared:width] = real.to(self.device)
         out = self.engine.backbone.step(
             ids.to(self.device), self.mask[:, :width], self.cache, logits="none", want_taps=self.reads
         )
@@ -346,6 +352,16 @@ def left_pad(rows: Sequence[Sequence[int]], pad: int, width: int) -> tuple[Tenso
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, torch.arange(width)[None] >= width - lengths[:, None]
+
+
+def common_prefix(prompts: Sequence[Sequence[int]], least: int = 64) -> int:
+    """How many leading ids all prompts share, at least one id of each left over; 0 below `least` or for one prompt."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)
+    longest = min(map(len, prompts)) - 1
+    shared = next((i for i in range(longest) if first[i] != last[i]), longest)
+    return shared if shared >= least else 0
 
 
 def _bucket(row: Row) -> int:
