@@ -18,6 +18,7 @@ from gnomon.evaluation.records import EvalRecord, summarise
 from gnomon.evaluation.sweep import BUDGETS, Outcome, Sweep, run_sweep
 from gnomon.protocol.tags import STRATEGIES
 from gnomon.reasoner import Reasoner
+from gnomon.tasks.demonstrations import with_shots
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import LEVELS, problems
 from gnomon.tasks.splits import canonical
@@ -133,15 +134,19 @@ def evaluate(
     levels: Sequence[int] = LEVELS,
     *,
     baseline_n: int = 600,
+    shots: int | None = None,
     cap: int | None = None,
     max_batch: int = 64,
     quiet: bool = False,
 ) -> Evaluated:
     """Quality, budgets and confidence on `n` problems; baselines are fitted on `baseline_n` calibration problems.
 
-    cap: think tokens at which the uncapped pass stops all the same (None = the context).
+    cap: think tokens at which the uncapped pass stops all the same (None = the context). shots: worked examples shown
+    in every prompt (None = as the family draws it).
     """
     items = problems(tasks, split, stream, n, levels)
+    if shots is not None:
+        items = [with_shots(p, shots) for p in items]
     for item in items[:1]:
         plan_of(reasoner, plan, item.task)
     fit_n = min(baseline_n, n) if reasoner.decider is not None and plan == "predicted" else 0
