@@ -29,6 +29,7 @@ class Job:
     samples: int = 1
     use_prediction: bool = True
     seed: str = "attempt"
+    think_prefix: tuple[int, ...] = ()  # think tokens decided before, resumed
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def run(
                 seed=derive(job.seed, text, job.plan),
                 max_answer_tokens=max_answer_tokens,
                 use_prediction=job.use_prediction,
+                think_prefix=job.think_prefix,
             )
         )
     found: list[list[Attempt]] = [[] for _ in jobs]

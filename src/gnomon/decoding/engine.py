@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gnomon.base.errors import ConfigError, GnomonError
 from gnomon.decoding import sampling
-from gnomon.decoding.room import Room, allot
+from gnomon.decoding.ragged import common_prefix, left_pad
+from gnomon.decoding.room import Room, allot, check_prefix
 from gnomon.decoding.row import AfterChoice, BudgetChoice, Decode, Row, Sink
 from gnomon.model.backbone import Backbone
 from gnomon.protocol.layout import Layout
@@ -96,7 +97,9 @@ class Engine:
             self.backbone.context, len(request.prompt_ids), self.layout.overhead, budget, request.max_answer_tokens
         )
         if self.max_think is not None and budget is None:
-            return Room(min(room.limit, self.max_think), room.reserve, room.overhead)
+            room = Room(min(room.limit, self.max_think), room.reserve, room.overhead)
+        if request.think_prefix:
+            check_prefix(request.think_prefix, room.limit if budget is None else budget, self.layout)
         return room
 
     def cancel(self, request_id: str) -> None:
@@ -177,7 +180,8 @@ class _Wave:
         step = 0
         while True:
             self._ban(logits)
-            ids, logprobs = sampling.sample(logits, settings, np.full(len(self.rows), step, dtype=np.uint64))
+            steps = np.array([step + len(r.request.think_prefix) for r in self.rows], dtype=np.uint64)
+            ids, logprobs = sampling.sample(logits, settings, steps)
             tokens = self._take(ids.tolist(), logprobs.tolist())
             live = [i for i, row in enumerate(self.rows) if row.finish is None]
             if not live:
@@ -196,6 +200,7 @@ class _Wave:
         width = max(map(_bucket, rows))
         # Padding takes slots of the cache, never positions.
         tail = max(row.upper + row.max_answer for row in rows) + layout.overhead
+        tail += max(len(row.request.think_prefix) for row in rows)
         prefix = max(len(ids) for ids in layout.plans.values()) + len(layout.think)
         prompts, shared = list(unique), common_prefix(list(unique))
         capacity = width + prefix + tail
@@ -247,7 +252,20 @@ class _Wave:
             if arrays is not None:
                 row.taps["think"] = arrays[i]
         assert out.logits is not None
-        return out.logits
+        return self._resume(out.logits)
+
+    def _resume(self, logits: Tensor) -> Tensor:
+        """Think tokens of earlier runs through the model, behind the think tag where predictions are read."""
+        prefixes = [row.request.think_prefix for row in self.rows]
+        width = max(map(len, prefixes))
+        if width == 0:
+            return logits
+        ids, real = left_pad(prefixes, self.engine.layout.pad, width, empty=True)
+        self.mask[:, self.length : self.length + width] = real.to(self.device)
+        self.length += width
+        out = self.engine.backbone.step(ids.to(self.device), self.mask[:, : self.length], self.cache, logits="last")
+        assert out.logits is not None
+        return torch.where(real[:, -1:].to(self.device), out.logits, logits)
 
     def _take(self, choices: list[int], logprobs: list[float]) -> list[int]:
         """Let every row take its token; a finished one becomes padding."""
@@ -304,7 +322,7 @@ class _Wave:
         metacog = self.engine.metacog
         if metacog is None or not ends:
             return
-        known = [r.before is not None and r.before.calibrated and r.source == "predicted" for _, r in ends]
+        known = [r.before is not None and r.before.calibrated and r.at_prediction for _, r in ends]
         after = metacog.after(
             taps[[n for n, _ in ends]], [r.plan for _, r in ends], [r.state.used for _, r in ends], known
         )
@@ -344,24 +362,6 @@ class _Wave:
         at = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.cache.select(at)
         self.mask = self.mask[at]
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad: int, width: int) -> tuple[Tensor, Tensor]:
-    """Ragged rows -> ids int64 [B, width] padded on the left, mask bool [B, width] (False at padding)."""
-    assert all(0 < len(row) <= width for row in rows), "every row must be non-empty and fit the width"
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(width)[None] >= width - lengths[:, None]
-
-
-def common_prefix(prompts: Sequence[Sequence[int]], least: int = 64) -> int:
-    """How many leading ids all prompts share, at least one id of each left over; 0 below `least` or for one prompt."""
-    if len(prompts) < 2:
-        return 0
-    first, last = min(prompts), max(prompts)
-    longest = min(map(len, prompts)) - 1
-    shared = next((i for i in range(longest) if first[i] != last[i]), longest)
-    return shared if shared >= least else 0
 
 
 def _bucket(row: Row) -> int:

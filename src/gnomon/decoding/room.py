@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gnomon.base.errors import BudgetError
+from gnomon.base.errors import BudgetError, TagError
 from gnomon.decoding.budget import check_budget
+from gnomon.protocol.layout import Layout
+from gnomon.protocol.match import matcher
 
 RESERVE_FLOOR = 32
 RESERVE_SHARE = 0.25
@@ -48,3 +50,22 @@ def allot(context: int, prompt: int, overhead: int, budget: int | None, max_answ
             f"answer reserve {reserve} leaves {limit} think tokens; ask for at most {limit}, or none"
         )
     return Room(limit, reserve, overhead)
+
+
+def check_prefix(prefix: tuple[int, ...], most: int, layout: Layout) -> None:
+    """Refuse resumed think tokens that are more than `most`, or not the inside of one open block."""
+    if len(prefix) > most:
+        raise BudgetError(
+            f"the think prefix has {len(prefix)} tokens, but only {most} may be thought; shorten it or ask for more"
+        )
+    stray = sorted(set(prefix) & {*layout.masked(True), *layout.eos})
+    rule, state = matcher(layout.end_think, *layout.end_think_also), 0
+    for token in prefix:
+        state = rule.step(state, token)
+        if rule.hit[state] is not None:
+            stray.append(token)
+    if stray:
+        raise TagError(
+            f"the think prefix holds id {stray[0]}, which closes a block or cannot stand in one; "
+            "give only what stands between the think tags"
+        )

@@ -112,15 +112,24 @@ class Row:
         budget = self.request.budget
         return min(budget, self.room.limit) if isinstance(budget, int) else self.room.limit
 
+    @property
+    def at_prediction(self) -> bool:
+        """Whether the cap is the clipped prediction itself, the only point that the card was fitted for."""
+        before = self.before
+        return before is not None and self.source == "predicted" and self.effective == before.clipped
+
     def begin(self, before: BudgetChoice | None) -> None:
-        """The block is open: settle the budget. effective = min(requested, clip(predicted), limit)."""
+        """The block is open: settle the budget. effective = min(requested, clip(predicted), limit).
+
+        A prediction below what was thought before (`think_prefix`) closes the block next, at that number.
+        """
         request, limit = self.request, self.room.limit
         budget: int | None = request.budget if isinstance(request.budget, int) else None
         self.source = "requested"
         if before is not None and request.budget is not None:
             free = isinstance(request.budget, int) and not request.use_prediction
             if not free and (budget is None or before.clipped <= budget):
-                budget, self.source = before.clipped, "predicted"
+                budget, self.source = max(before.clipped, len(request.think_prefix)), "predicted"
         if budget is None or budget > limit:
             self.source = "limit"
         self.effective = limit if budget is None else min(budget, limit)
@@ -139,9 +148,12 @@ class Row:
         )
         for token in layout.think:
             self.state.advance(token, "forced")
+        self.think_start = len(self.ids)
+        for token in request.think_prefix:
+            self._append(token, 0.0, "sampled", "think")
+            self.state.advance(token, "prefilled")
         if self.plan in layout.empty_plans:
             self.state.close_now()
-        self.think_start = len(self.ids)
 
     def prefix(self) -> tuple[int, ...]:
         """Plan and think tag, appended as forced."""
@@ -224,7 +236,7 @@ class Row:
         think = tuple(self.ids[self.think_start : self.think_end])
         answer = tuple(self.ids[self.answer_start : self.answer_end])
         before, after = self.before, self.after
-        calibrated = before is not None and before.calibrated and self.source == "predicted"
+        calibrated = before is not None and before.calibrated and self.at_prediction
         calibrated = calibrated and (after is None or after.calibrated)
         return Trace(
             id=request.id,
@@ -250,11 +262,12 @@ class Row:
             plan_probs=self.plan_probs,
             budget_predicted=None if before is None else before.predicted,
             budget_clipped=None if before is None else before.clipped,
-            confidence_before=before.confidence if before is not None and self.source == "predicted" else None,
+            confidence_before=before.confidence if before is not None and self.at_prediction else None,
             confidence_after=after.confidence if after is not None else None,
             confidence_before_raw=None if before is None else before.raw,
             confidence_after_raw=None if after is None else after.raw,
             calibrated=calibrated,
+            resumed=len(request.think_prefix),
             taps=self.taps if record_taps else None,
             boundaries=self.boundaries or None,
         )

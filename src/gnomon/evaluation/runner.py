@@ -17,6 +17,7 @@ from gnomon.evaluation.baselines import best_strategy, constant_policies
 from gnomon.evaluation.records import EvalRecord, summarise
 from gnomon.evaluation.sweep import BUDGETS, Outcome, Sweep, run_sweep
 from gnomon.protocol.tags import STRATEGIES
+from gnomon.protocol.trace import Trace
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.demonstrations import with_shots
 from gnomon.tasks.problem import Problem
@@ -71,7 +72,7 @@ def decode_records(
     """Greedy decode at the given plan and budget, and what the same problems and plans need without a cap.
 
     A row that closed by itself under its cap is its own uncapped pass (greedy decoding is deterministic), so only cut
-    rows are decoded again. cap: the uncapped pass still stops here (None = the context).
+    rows are decoded further, from where they were cut. cap: the uncapped pass still stops here (None = the context).
     """
     if budget == "predicted" and reasoner.decider is None:
         raise ModelError(
@@ -84,11 +85,21 @@ def decode_records(
     needed: dict[int, Attempt] = {i: a for i, a in enumerate(attempts) if a.trace.stop == "natural"}
     if uncapped_pass:
         cut = [i for i in range(len(attempts)) if i not in needed]
-        again = [Job(items[i], attempts[i].trace.plan, cap, use_prediction=False, seed=seed) for i in cut]
+        most = reasoner.max_think if cap is None else cap
+        again = [_resumed(items[i], attempts[i].trace, cap, most, seed) for i in cut]
         for i, found in zip(cut, run(reasoner, again, max_batch=max_batch), strict=True):
             needed[i] = found[0]
     prompts = prompt_logprobs(reasoner, items)
     return [_record(reasoner, a, needed.get(i), prompts[i]) for i, a in enumerate(attempts)], attempts
+
+
+def _resumed(problem: Problem, trace: Trace, budget: int | None, keep: int | None, seed: str) -> Job:
+    """The same problem and plan at another budget, from the first `keep` think tokens (None = all) of `trace`.
+
+    What was forced at a cut (the transition of foreign bases) stands behind them and is left out.
+    """
+    most = trace.used if keep is None else min(keep, trace.used)
+    return Job(problem, trace.plan, budget, use_prediction=False, seed=seed, think_prefix=trace.think_ids[:most])
 
 
 def _record(reasoner: Reasoner, attempt: Attempt, need: Attempt | None, prompt_logprob: float) -> EvalRecord:
@@ -175,16 +186,21 @@ def sweep_problems(
     title: str = "sweep",
     quiet: bool = False,
 ) -> Sweep:
-    """All budgets × strategies, greedy. A row that an uncapped pass closed within B is not decoded again for B."""
+    """All budgets × strategies, greedy, from one uncapped pass.
+
+    A row that closed within B is not decoded again for B; of a longer one the first B think tokens are kept and only
+    the answer is decoded.
+    """
     names = tuple(strategies or reasoner.codec.strategies)
     cells = [(s, i) for i in range(len(items)) for s in names]  # neighbours share a prompt, so they share its prefill
     with Progress(f"{title}: uncapped", len(cells), quiet=quiet) as bar:
         jobs = [Job(items[i], s, cap, use_prediction=False, seed="sweep") for s, i in cells]
         found = run(reasoner, jobs, max_batch=max_batch, on_done=bar.advance)
+    traces = {cell: group[0].trace for cell, group in zip(cells, found, strict=True)}
     full = {cell: _outcome(group[0]) for cell, group in zip(cells, found, strict=True)}
     over = [(s, i, b) for s, i in cells for b in budgets if b is not None and full[s, i].used > b]
     with Progress(f"{title}: cut", len(over), quiet=quiet) as bar:
-        jobs = [Job(items[i], s, b, use_prediction=False, seed="sweep") for s, i, b in over]
+        jobs = [_resumed(items[i], traces[s, i], b, b, "sweep") for s, i, b in over]
         found = run(reasoner, jobs, max_batch=max_batch, on_done=bar.advance)
     cut = {cell: _outcome(group[0]) for cell, group in zip(over, found, strict=True)}
     return run_sweep(

@@ -24,6 +24,7 @@ class Request:
     context) or "predicted". use_prediction: an explicit number is also lowered to the prediction (decisions.md §4);
     False keeps it as it is (sweeps). temperature 0 is greedy; top_k 0 and top_p 1 switch truncation off.
     max_answer_tokens: cap of the answer, which also raises its reserve; None = the reserve. n: samples.
+    think_prefix: think tokens that an earlier run has decided (resume): they are fed, not sampled again, and count.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Request:
     max_answer_tokens: int | None = None
     n: int = 1
     use_prediction: bool = True
+    think_prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         budget = self.budget
@@ -78,6 +80,8 @@ class Trace:
 
     ids, roles, logprobs: everything behind the prompt, one entry per token; `logprobs` holds the log-prob of a
     sampled token at its sampling temperature and truncation (greedy: at temperature 1) and 0.0 for a forced one.
+    resumed: the first so many think tokens came with the request (`think_prefix`). Their role is "sampled", because a
+    model chose them and they count, but they were not scored in this run: their log-prob 0.0 is a placeholder.
     think_span, answer_span: [start, end) in `ids`, strictly inside the tags.
     stop: why the block closed. finish: why the answer ended; "length" = cut by its cap.
     forced: tokens forced inside the block and to close it. taps, site -> [L, C] float32 array: only when asked for;
@@ -113,6 +117,7 @@ class Trace:
     confidence_before_raw: float | None = None
     confidence_after_raw: float | None = None
     calibrated: bool = False
+    resumed: int = 0
     taps: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     boundaries: Sequence[tuple[int, Any]] | None = field(default=None, compare=False, repr=False)
 
