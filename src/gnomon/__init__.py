@@ -5,7 +5,7 @@ Importing this package imports no torch; names are loaded when they are first us
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -31,10 +31,29 @@ _NAMES = {
     "sweep": "gnomon.evaluation.runner",
     "GnomonError": "gnomon.base.errors",
 }
-__all__ = ["__version__", *_NAMES]
-
-if TYPE_CHECKING:
-    from gnomon.reasoner import Answer, Reasoner
+__all__ = [
+    "Answer",
+    "BudgetConfig",
+    "BudgetState",
+    "Card",
+    "Decoder",
+    "DecoderConfig",
+    "Engine",
+    "GnomonError",
+    "Graph",
+    "MetacogConfig",
+    "MetacogHeads",
+    "Node",
+    "Problem",
+    "Reasoner",
+    "Request",
+    "Trace",
+    "__version__",
+    "evaluate",
+    "problems",
+    "sweep",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,14 +57,17 @@ class Bins:
         missing = [str(p) for p in paths.values() if not p.is_file()]
         if missing:
             raise DataError(f"no packed data: {', '.join(missing)} missing; write it with `gnomon data prepare`.")
+        sizes = (paths["bin"].stat().st_size / 2, paths["loss"].stat().st_size)
+        self.offsets = np.fromfile(paths["idx"], dtype=np.int64)
+        end = int(self.offsets[-1]) if len(self.offsets) else 0
+        if len(self.offsets) < 2 or sizes != (end, end) or self.offsets[0] or (np.diff(self.offsets) < 1).any():
+            raise DataError(
+                f"{paths['bin']} holds {sizes[0]:g} ids and {sizes[1]} loss marks but its index of "
+                f"{len(self.offsets)} numbers ends at {end}; the data is incomplete: write it again with "
+                "`gnomon data prepare`."
+            )
         self.ids = np.memmap(paths["bin"], dtype=np.uint16, mode="r")
         self.loss = np.memmap(paths["loss"], dtype=np.uint8, mode="r")
-        self.offsets = np.fromfile(paths["idx"], dtype=np.int64)
-        if len(self.offsets) < 2 or self.offsets[-1] != len(self.ids) or len(self.ids) != len(self.loss):
-            raise DataError(
-                f"{paths['bin']} holds {len(self.ids)} ids but its index ends at {self.offsets[-1:]}; the file is "
-                "incomplete: write it again with `gnomon data prepare`."
-            )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

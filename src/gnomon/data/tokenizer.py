@@ -100,7 +100,8 @@ def check_atomic(tok: Tokenizer, stops: Iterable[str]) -> None:
         if len(ids) != 1:
             pieces = " ".join(repr(tok.piece(i)) for i in ids)
             raise TagError(f"stop sequence {stop!r} splits into {len(ids)} tokens ({pieces}); {hint}.")
-        longer = [p for i in range(tok.vocab_size) if i not in {*ids, *tok.control} and stop in (p := tok.decode([i]))]
+        others = {tok.decode([i]) for i in range(tok.vocab_size) if i not in tok.control}
+        longer = sorted(p for p in others if stop in p and p != stop)
         if longer:
             shown = ", ".join(map(repr, longer[:3]))
             raise TagError(

@@ -7,7 +7,7 @@ the answer is decoded again, which the caller does through a callback. No model 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -111,6 +111,20 @@ class Sweep:
             "drops": self.drops(),
             "policies": self.extra,
         }
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Sweep:
+        """The points and policies of what `to_json` gave, for drawing; single outcomes are not kept there."""
+        points = [Point(**{**p, "accuracy_ci": tuple(p["accuracy_ci"])}) for p in body["points"]]
+        shape = (0, len(body["strategies"]), len(body["budgets"]))
+        return cls(
+            strategies=tuple(body["strategies"]),
+            budgets=tuple(body["budgets"]),
+            points=tuple(points),
+            correct=np.zeros(shape, dtype=np.bool_),
+            used=np.zeros(shape, dtype=np.int64),
+            extra=dict(body["policies"]),
+        )
 
     def to_csv(self, path: Path) -> None:
         """One row per point; `budget` is empty for unlimited."""

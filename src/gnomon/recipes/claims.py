@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from gnomon.base.atomic import write_atomic
+from gnomon.base.errors import DataError
+from gnomon.base.telemetry import finite
+from gnomon.evaluation.records import EvalRecord
 from gnomon.evaluation.report import ReportData, Table, interval, show, write_report
+from gnomon.evaluation.sweep import Sweep
 from gnomon.recipes.metacog import MetacogRunConfig, Outcome
 
+DATA_FILE: Final = "report.json"
+_NANS: Final = ("answer_logprob", "prompt_logprob")
 COLUMNS = ("claim", "measured", "95 % interval", "baseline", "n")
 Row = tuple[str, str, str, str, str]
 
@@ -103,7 +112,54 @@ def write(outcome: Outcome, config: MetacogRunConfig, folder: Path, title: str) 
         ),
         facts,
     )
+    write_atomic(folder / DATA_FILE, json.dumps(_plain(data)) + "\n")
     return write_report(folder, data)
+
+
+def _plain(data: ReportData) -> dict[str, Any]:
+    """What a report shows as JSON, so that `report RUN` can draw it again."""
+    sweep = data.sweep
+    return finite(
+        {
+            "title": data.title,
+            "summary": data.summary,
+            "records": [vars(r) for r in data.records],
+            "sweep": None if sweep is None else sweep.to_json(),
+            "alpha": data.alpha,
+            "curves": list(data.curves),
+            "tables": [vars(t) for t in data.tables],
+            "facts": data.facts,
+        }
+    )
+
+
+def rewrite(folder: Path) -> Path:
+    """Draw report.html of a run folder again: what a metacog or demo run measured, or a pretraining run's curves.
+
+    Raises DataError where the run has left neither.
+    """
+    path, rows = folder / DATA_FILE, folder / "metrics.jsonl"
+    if path.is_file():
+        body = json.loads(path.read_text(encoding="utf-8"))
+        body.pop("nonfinite", None)
+        records = [_record(r) for r in body.pop("records")]
+        sweep = body.pop("sweep")
+        tables = [Table(**t) for t in body.pop("tables")]
+        return write_report(
+            folder, ReportData(**body, records=records, tables=tables, sweep=Sweep.from_json(sweep) if sweep else None)
+        )
+    lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
+    if not lines:
+        raise DataError(f"{folder} has measured nothing yet: neither {DATA_FILE} nor a row in metrics.jsonl")
+    curves = [json.loads(line) for line in lines]
+    step = max(1, len(curves) // 1000)
+    return write_report(folder, ReportData(folder.name, curves=curves[::step]))
+
+
+def _record(facts: Mapping[str, Any]) -> EvalRecord:
+    """A stored record; JSON has no NaN, so a missing log-prob came back as None."""
+    values: dict[str, Any] = {k: math.nan if v is None and k in _NANS else v for k, v in facts.items()}
+    return EvalRecord(**values)
 
 
 def _labels(heads: Mapping[str, Any]) -> list[tuple[Any, ...]]:

@@ -127,6 +127,21 @@ def calibrate(
     )
 
 
+def recalibrate(reasoner: Reasoner, config: MetacogRunConfig) -> tuple[Card, dict[str, Any]]:
+    """A new card for a reasoner that has heads, from `config.calibration_n` problems of the calibration split."""
+    assert reasoner.decider is not None, "the caller checks that there is a layer"
+    heads, old = reasoner.decider.heads, reasoner.decider.card
+    items = problems(config.tasks, "calibration", config.stream, config.calibration_n, config.levels)
+    names = config.strategies or reasoner.codec.strategies
+    with Progress("rollouts (calibration)", len(items) * len(names)) as bar:
+        labels = label(
+            reasoner, items, strategies=names, samples=0, cap=config.max_think, max_batch=config.max_batch,
+            seed=f"labels/{config.stream}/calibration", on_done=bar.advance,
+        )  # fmt: skip
+    order = old.cost_order if old is not None else labels.cost_order()
+    return calibrate(reasoner, heads, labels, items, order, config, dict(reasoner.best_plan))
+
+
 def train(base: Reasoner, config: MetacogRunConfig, cache: Path, on_step: Any = None) -> Trained:
     """Label, fit heads, calibrate. Train, val and calibration problems are disjoint by construction."""
     if config.labels is not None:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gnomon.base import seeds
+from gnomon.base.errors import DataError
 from gnomon.data import tokenizer as tokenizers
 from gnomon.data.corpus import Bins, write_bin
 from gnomon.data.encode import Encoded, encode_record
@@ -146,7 +147,7 @@ class PretrainConfig(BaseModel):
     steps: int = Field(default=2000, ge=1)
     rows: int = Field(default=8, ge=1)
     row_length: int = Field(default=256, ge=32)
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = False
     seed: str = "pretrain"
     optim: OptimConfig = OptimConfig()
@@ -172,12 +173,17 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train `model` on `bins` from step `start`; the rows of a step depend on the step number alone."""
     plan = bins.plan(config.row_length)
+    if len(plan) < config.rows:
+        raise DataError(
+            f"{len(bins)} records fill {len(plan)} rows of {config.row_length} tokens, but one step takes "
+            f"{config.rows}; prepare more records or lower rows."
+        )
     optimizers = optimizers or optim.build(model, config.optim)
     network = torch.compile(model) if config.compile else model
     per_epoch = len(plan) // config.rows
 
     def step_loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        epoch, at = divmod(step, max(per_epoch, 1))
+        epoch, at = divmod(step, per_epoch)
         order = list(range(per_epoch))
         if epoch:
             seeds.rng(config.seed, "epoch", epoch).shuffle(order)

@@ -39,7 +39,7 @@ class _Lookup:
 
     def gold(self, problem: Problem, strategy: str, rng: Random) -> Gold:
         """Follow the chain from the query back to its value, one look-up per step."""
-        table = {a: b for a, b in problem.data["lines"]}
+        table = dict(problem.data["lines"])
         path = [problem.data["query"]]
         while path[-1] in table:
             path.append(table[path[-1]])

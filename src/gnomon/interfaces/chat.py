@@ -1,0 +1,116 @@
+"""A terminal chat: what the model plans, how much it thought, how sure it is; thoughts are hidden by default."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from gnomon.base.errors import GnomonError, unknown
+from gnomon.base.seeds import derive
+from gnomon.interfaces import console, options
+from gnomon.reasoner import Reasoner
+from gnomon.tasks.procedural import REGISTRY, draw
+
+HELP = """\
+/examples            questions that this model knows how to answer
+/budget N|auto|none  think tokens at most
+/plan NAME|auto      direct, steps, verify, decompose
+/show on|off         show the thoughts
+/quit                leave"""
+COMMANDS = ("/help", "/examples", "/budget", "/plan", "/show", "/quit")
+
+
+def summary(facts: Mapping[str, Any], known: bool = True) -> str:
+    """One line about an answer: plan, tokens against budget, confidence. known: the model has a calibrated layer."""
+    budget, sure = facts["budget"], facts["confidence"]
+    used = f"thought {budget['used']} tokens ({facts['plan']})"
+    if budget["predicted"] is not None:
+        used += f", expected {budget['predicted']:.0f}, cap {budget['effective']}"
+    if facts["stop"] != "natural":
+        used += f", closed: {facts['stop']}"
+    if not known:
+        return f"{used} · no metacognitive layer"
+    before, after = (f"{v:.2f}" if v is not None else "?" for v in (sure["before"], sure["after"]))
+    if sure["calibrated"]:
+        return f"{used} · confidence {before} before, {after} after"
+    if budget["source"] != "predicted":
+        return f"{used} · confidence unknown under a budget or plan of your own"
+    return f"{used} · confidence unknown: this prompt is outside what the card was fitted for"
+
+
+def examples(number: int) -> list[str]:
+    """One problem of every family, another set for every number."""
+    return [draw(name, 1 + number % 3, "test", "chat-examples", number).prompt for name in REGISTRY]
+
+
+class Chat:
+    """The loop; every line is one problem, there is no history (the shipped model answers single questions)."""
+
+    def __init__(
+        self, reasoner: Reasoner, plan: str = "predicted", budget: options.Budget = "predicted", show: bool = False
+    ):
+        self.reasoner, self.plan, self.budget, self.show = reasoner, plan, budget, show
+        self.asked = 0
+
+    def run(self) -> None:
+        """Read lines until /quit or the end of the input."""
+        console.say(f"{self.reasoner.name}: ask a question, or /help. For example:")
+        for line in examples(0)[:3]:
+            console.say(f"  {line}")
+        while True:
+            try:
+                if sys.stdin.isatty():
+                    line = input("> ")
+                else:
+                    line = sys.stdin.readline()
+                    if not line:
+                        return
+            except (EOFError, KeyboardInterrupt):
+                console.say()
+                return
+            text = line.strip()
+            if not text:
+                continue
+            try:
+                if not self.handle(text):
+                    return
+            except GnomonError as error:
+                console.say(f"{error}")
+
+    def handle(self, text: str) -> bool:
+        """One line; False = leave."""
+        if text.startswith("/"):
+            return self.command(text)
+        plan = self.plan
+        self.asked += 1
+        answer = self.reasoner.ask(text, plan=plan, budget=self.budget, seed=f"chat/{derive(text)}/{self.asked}")
+        if self.show and answer.think:
+            console.say(answer.think)
+        print(answer.answer or "(no answer)", flush=True)
+        console.say(f"  {summary(answer.report(), known=self.reasoner.decider is not None)}")
+        return True
+
+    def command(self, text: str) -> bool:
+        """A line that begins with a slash."""
+        name, _, rest = text.partition(" ")
+        rest = rest.strip()
+        if name == "/quit":
+            return False
+        if name == "/help":
+            console.say(HELP)
+        elif name == "/examples":
+            self.asked += 1
+            console.say("\n".join(f"  {line}" for line in examples(self.asked)))
+        elif name == "/budget":
+            self.budget = options.budget(rest or "auto")
+            console.say(f"budget: {'none' if self.budget is None else self.budget}")
+        elif name == "/plan":
+            self.plan = options.check_plan(rest or "auto")
+            console.say(f"plan: {self.plan}")
+        elif name == "/show":
+            self.show = rest != "off"
+            console.say(f"thoughts {'shown' if self.show else 'hidden'}")
+        else:
+            raise unknown("command", name, COMMANDS)
+        return True

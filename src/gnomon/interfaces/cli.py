@@ -1,0 +1,78 @@
+"""The command line: one verb per job. Building it imports no torch; a verb imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, Group
+
+from gnomon import __version__
+from gnomon.base.errors import GnomonError
+from gnomon.interfaces import console
+from gnomon.interfaces.commands import asking, data, measure, runs, train, validate
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+_START = Group("Start here", sort_key=0)
+_MAKE = Group("Make a model", sort_key=1)
+_MEASURE = Group("Measure", sort_key=2)
+_LOOK = Group("Look and check", sort_key=3)
+
+
+def build() -> App:
+    """The command tree."""
+    app = App(
+        name="gnomon",
+        help="Small language models that know how much to think: strategy, token budget and confidence.",
+        version=__version__,
+        suppress_keyboard_interrupt=False,
+        help_epilogue="Results go to stdout, the rest to stderr; with --json stdout is exactly one object.",
+    )
+    app.command(runs.demo, group=_START)
+    app.command(asking.ask, group=_START)
+    app.command(asking.chat, group=_START)
+    trains = App(name="train", group=_MAKE, help="Train a model (pretrain) or its metacognitive layer (metacog).")
+    trains.command(train.pretrain)
+    trains.command(train.metacog)
+    app.command(trains)
+    datas = App(name="data", group=_MAKE, help="Prepare a training corpus, or look into one.")
+    datas.command(data.prepare)
+    datas.command(data.inspect)
+    app.command(datas)
+    tokenizers = App(name="tokenizer", group=_MAKE, help="Train the tokenizer of an own model.")
+    tokenizers.command(data.tokenizer_train, name="train")
+    app.command(tokenizers)
+    app.command(measure.calibrate, group=_MAKE)
+    app.command(measure.evaluate, group=_MEASURE)
+    app.command(measure.sweep, group=_MEASURE)
+    app.command(validate.validate, group=_LOOK)
+    app.command(runs.report, group=_LOOK)
+    app.command(runs.runs, group=_LOOK)
+    return app
+
+
+def run(tokens: Sequence[str]) -> int:
+    """Run one command line; returns the exit code. User errors are one clear line on stderr, never a traceback."""
+    try:
+        code = build()(list(tokens), print_error=False, exit_on_error=False, result_action="return_value")
+    except (GnomonError, CycloptsError) as error:
+        console.say(f"gnomon: {str(error).strip()}")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        console.say(f"\nstopped: {console.interrupt_hint()}")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the `gnomon` script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""`ask` and `chat`: one question, or many."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from gnomon.base.errors import ConfigError
+from gnomon.interfaces import console, options
+
+Flag = Parameter(negative=())
+
+
+def ask(
+    text: str,
+    *,
+    model: str = "nano",
+    plan: str = "predicted",
+    budget: str = "predicted",
+    temperature: float = 0.0,
+    seed: str = "ask",
+    max_answer_tokens: int | None = None,
+    device: str = "cpu",
+    no_decode: Annotated[bool, Flag] = False,
+    show: Annotated[bool, Flag] = False,
+    json: Annotated[bool, Flag] = False,
+) -> None:
+    """Ask one question.
+
+    Parameters
+    ----------
+    text: The question; "-" reads it from stdin.
+    model: A shipped model (nano), smollm2, or a model folder.
+    plan: direct, steps, verify, decompose, or predicted.
+    budget: Think tokens at most: a number, predicted, or none.
+    temperature: 0 is greedy.
+    seed: Names the random stream when temperature is above 0.
+    max_answer_tokens: Cap of the answer.
+    device: cpu or cuda.
+    no_decode: Plan, budget and confidence only; nothing is generated.
+    show: Show the thoughts too.
+    json: Print one JSON object.
+    """
+    limit, plan = options.budget(budget), options.check_plan(plan)
+    question = sys.stdin.read().strip() if text == "-" else text
+    if not question.strip():
+        raise ConfigError('the question is empty; write one: gnomon ask "Compute 3 + 4."')
+    from gnomon.reasoner import Reasoner
+
+    reasoner = Reasoner.load(model, device=device)
+    if no_decode:
+        facts = reasoner.decide(question)
+        if json:
+            console.emit_json(facts)
+        else:
+            print_decision(facts)
+        return
+    answer = reasoner.ask(
+        question, plan=plan, budget=limit, temperature=temperature, seed=seed, max_answer_tokens=max_answer_tokens
+    )
+    facts = answer.report()
+    if json:
+        console.emit_json(facts)
+        return
+    from gnomon.interfaces.chat import summary
+
+    if show and answer.think:
+        console.say(answer.think)
+    console.say(summary(facts, known=reasoner.decider is not None))
+    print(answer.answer)
+
+
+def print_decision(facts: dict[str, Any]) -> None:
+    """Plan, budget and confidence of `ask --no-decode`, for people."""
+    probs = facts.get("plan_probs") or {}
+    if isinstance(probs, dict) and probs:
+        others = ", ".join(f"{k} {v:.2f}" for k, v in sorted(probs.items(), key=lambda x: -x[1]))
+        print(f"plan        {facts['plan']}   ({others})")
+    else:
+        print(f"plan        {facts['plan']}")
+    budget = facts["budget"]
+    print(f"budget      about {budget['predicted']:.0f} think tokens, cap {budget['clipped']}")
+    sure = facts["confidence"]
+    if sure["calibrated"] and sure["before"] is not None:
+        print(f"confidence  {sure['before']:.2f}")
+    else:
+        print("confidence  unknown: this prompt is outside what the card was fitted for")
+
+
+def chat(
+    *,
+    model: str = "nano",
+    plan: str = "auto",
+    budget: str = "auto",
+    device: str = "cpu",
+    show: Annotated[bool, Flag] = False,
+) -> None:
+    """Talk to a model in the terminal; /help inside.
+
+    Parameters
+    ----------
+    model: A shipped model (nano), smollm2, or a model folder.
+    plan: A strategy, or auto.
+    budget: Think tokens at most: a number, auto, or none.
+    device: cpu or cuda.
+    show: Show the thoughts from the start.
+    """
+    limit, name = options.budget(budget), options.check_plan(plan)
+    from gnomon.interfaces.chat import Chat
+    from gnomon.reasoner import Reasoner
+
+    Chat(Reasoner.load(model, device=device), plan=name, budget=limit, show=show).run()

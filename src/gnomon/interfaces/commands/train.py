@@ -1,0 +1,147 @@
+"""`train pretrain` and `train metacog`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from gnomon.interfaces import console, options
+
+Flag = Parameter(negative=())
+Rest = Parameter(allow_leading_hyphen=True, show=False)
+ALIASES = {"preset": "model.preset", "tasks": "corpus.tasks", "levels": "corpus.levels", "lr": "optim.lr"}
+
+
+def pretrain(
+    *overrides: Annotated[str, Rest],
+    run: Path | None = None,
+    data: Path | None = None,
+    config: Path | None = None,
+    resume: str | None = None,
+    runs: Path = Path("runs"),
+    dry_run: Annotated[bool, Flag] = False,
+    json: Annotated[bool, Flag] = False,
+) -> None:
+    """Train an own model on the built-in mixture. Any field of its config is an option.
+
+    For example: --model.preset micro --steps 500 --save-every 100 --seed mine --optim.lr 0.01 --corpus.tasks sort,count
+
+    Parameters
+    ----------
+    run: Run folder; by default a new one under --runs.
+    data: Folder of a packed corpus (`gnomon data prepare`); by default RUN/data, made when it is missing.
+    config: A YAML or TOML file with fields.
+    resume: auto (newest good checkpoint of the run), a run folder, or a checkpoint folder.
+    runs: Where new run folders are made.
+    dry_run: Print every value and an estimate of time and memory; train nothing.
+    json: Print one JSON object with the facts of the run.
+    """
+    from gnomon.base import config as configs
+    from gnomon.recipes import pretrain_config as pc
+
+    flags = ("run", "data", "config", "resume", "runs", "dry-run", "json")
+    given = options.overrides(pc.PretrainRunConfig, overrides, flags, ALIASES)
+    folder, found = pc.resume_point(resume, run, _latest(runs))
+    old = found.values()
+    settled, origins = pc.resolve(config, given, old)
+    changed: list[str] = []
+    if old:
+        settled, changed = pc.settle(old, settled)
+    if dry_run:
+        from gnomon.recipes.pretrain_run import estimate
+
+        facts = {"config": configs.dump(settled), "estimate": estimate(settled)}
+        if json:
+            console.emit_json(facts)
+        else:
+            console.say(configs.dump_yaml(settled))
+            console.table("estimate", ("what", "value"), list(facts["estimate"].items()))
+        return
+    from gnomon.recipes import pretrain_run as pr
+
+    place = folder or _new_run("pretrain", settled, runs)
+    console.on_interrupt(f"go on with: gnomon train pretrain --run {place} --resume auto")
+    with console.Stages() as stages:
+        facts = pr.run(
+            settled,
+            place,
+            data=data,
+            start=pr.start_at(found.path, changed, found.skipped),
+            origins=origins,
+            sinks=[console.Narrator()],
+            progress=stages,
+        )
+    if json:
+        console.emit_json(facts)
+    elif facts["stopped"]:
+        console.say(f"stopped behind step {facts['step']}, saved in {facts['checkpoint']}")
+        console.say(f"go on with: gnomon train pretrain --run {place} --resume auto")
+    else:
+        console.say(f"done: {facts['checkpoint']}")
+
+
+def _latest(root: Path) -> Path | None:
+    """The newest pretraining run under `root`."""
+    found = sorted(root.glob("pretrain-*"), key=lambda p: p.stat().st_mtime) if root.is_dir() else []
+    return found[-1] if found else None
+
+
+def _new_run(name: str, config: Any, root: Path) -> Path:
+    from gnomon.base.runs import create_run
+
+    opened = create_run(name, config, root=root, seed=config.seed)
+    opened.close()
+    return opened.folder
+
+
+def metacog(
+    *overrides: Annotated[str, Rest],
+    base: str = "nano",
+    config: Path | None = None,
+    runs: Path = Path("runs"),
+    dry_run: Annotated[bool, Flag] = False,
+    json: Annotated[bool, Flag] = False,
+) -> None:
+    """Label by sampling, fit heads, calibrate, evaluate, sweep, report. Any field of its config is an option.
+
+    For example: --base smollm2 --tasks gym:chain_sum,gym:letter_counting --label-n 300
+
+    Parameters
+    ----------
+    base: A shipped model (nano), smollm2, or a local model folder.
+    config: A YAML or TOML file with fields.
+    runs: Where the run folder is made; RUN/model is then a model that every verb takes.
+    dry_run: Print every value; run nothing.
+    json: Print one JSON object with everything measured.
+    """
+    from gnomon.base import config as configs
+    from gnomon.recipes.metacog import MetacogRunConfig, defaults_for
+
+    given = options.overrides(MetacogRunConfig, overrides, ("base", "config", "runs", "dry-run", "json"))
+    settled, origins = configs.resolve(MetacogRunConfig, config, {"base": base, **given}, defaults_for(base))
+    options.check_draw(settled.tasks, "train", settled.label_n, settled.levels)
+    if dry_run:
+        if json:
+            console.emit_json(configs.dump(settled))
+        else:
+            console.say(configs.dump_yaml(settled))
+        return
+    from gnomon.base.runs import create_run
+    from gnomon.recipes import claims
+    from gnomon.recipes.metacog import run_metacog
+
+    opened = create_run("metacog", settled, root=runs, origins=origins, seed=settled.seed)
+    console.on_interrupt(
+        f"finished rollouts are kept in {opened.folder / 'labels'}; the heads, once trained, in "
+        f"{opened.folder / 'model'}"
+    )
+    with opened:
+        outcome = run_metacog(settled, opened)
+        page = claims.write(outcome, settled, opened.folder, f"gnomon: {base}")
+    if json:
+        console.emit_json({"run": str(opened.folder), "summary": outcome.summary, "seconds": outcome.seconds})
+        return
+    console.table("What this run shows", claims.COLUMNS, claims.claims(outcome))
+    console.say(f"model:  {opened.folder / 'model'}\nreport: {page}")

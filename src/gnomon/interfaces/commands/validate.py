@@ -1,0 +1,93 @@
+"""`validate`: configs, tokenizers, model folders and train/serve parity, checked before anything is spent on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from gnomon.base.errors import ConfigError, TagError
+from gnomon.interfaces import console
+
+Flag = Parameter(negative=())
+
+
+def validate(
+    *,
+    model: str | None = None,
+    config: Path | None = None,
+    recipe: str = "metacog",
+    stop: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    json: Annotated[bool, Flag] = False,
+) -> None:
+    """Check a model folder (files, tags, padding, heads, parity) or a config file; exit code 2 with the reason.
+
+    Parameters
+    ----------
+    model: A shipped model (nano), smollm2, or a model folder.
+    config: A YAML or TOML file.
+    recipe: Which recipe the config is for: metacog or pretrain.
+    stop: Custom stop sequences that must be one token each.
+    json: Print one JSON object.
+    """
+    if (model is None) == (config is None):
+        raise ConfigError("name one thing to check: --model NAME or --config FILE")
+    checks = _config(config, recipe) if config is not None else _model(str(model), stop)
+    if json:
+        console.emit_json({"ok": True, "checks": [{"check": a, "found": b} for a, b in checks]})
+        return
+    console.table("valid", ("check", "found"), checks)
+
+
+def _config(path: Path, recipe: str) -> list[tuple[str, str]]:
+    from gnomon.base import config as configs
+
+    if recipe == "pretrain":
+        from gnomon.recipes.pretrain_config import resolve
+
+        resolve(path)
+    elif recipe == "metacog":
+        from gnomon.recipes.metacog import MetacogRunConfig
+
+        configs.resolve(MetacogRunConfig, path)
+    else:
+        raise ConfigError(f"recipe {recipe!r} is unknown; write metacog or pretrain")
+    return [(f"{recipe} config", str(path))]
+
+
+def _model(name: str, stop: tuple[str, ...]) -> list[tuple[str, str]]:
+    import torch
+
+    from gnomon.data.codec import OwnCodec
+    from gnomon.data.tokenizer import check_atomic
+    from gnomon.decoding.engine import left_pad
+    from gnomon.reasoner import Reasoner
+
+    reasoner = Reasoner.load(name)
+    found = [("files", f"{reasoner.folder}"), ("strategies", ", ".join(reasoner.codec.strategies))]
+    if isinstance(reasoner.codec, OwnCodec):
+        check_atomic(reasoner.codec.tokenizer, stop)
+        found.append(("tags", "one token each"))
+    else:
+        if stop:
+            raise TagError("custom stop sequences must be atomic, but this base matches tags as text")
+        found.append(("tags", f"text: {len(reasoner.codec.layout.think)} + {len(reasoner.codec.layout.end_think)} ids"))
+        found += [("note", note) for note in getattr(reasoner.codec, "notes", ())]
+    layer = reasoner.decider
+    card = None if layer is None else layer.card
+    found.append(("metacognitive layer", "none" if layer is None else "calibrated" if card else "no calibration card"))
+    prompts = [reasoner.codec.encode_prompt(text) for text in ("Compute 3 + 4.", "Sort 34 12 78 5.")]
+    ids, mask = left_pad(prompts, reasoner.codec.layout.pad, max(map(len, prompts)))
+    backbone = reasoner.backbone
+    whole = backbone.step(ids, mask, backbone.new_cache(2, ids.shape[1] + 1)).logits
+    alone = [backbone.step(torch.tensor([p]), torch.ones(1, len(p)).bool(), backbone.new_cache(1, len(p) + 1)).logits
+             for p in prompts]  # fmt: skip
+    assert whole is not None
+    gap = max(float((whole[i] - one[0]).abs().max()) for i, one in enumerate(alone) if one is not None)
+    if gap > 1e-2:
+        raise ConfigError(
+            f"a row alone and in a left-padded batch differ by {gap:.2g} in their logits; do not serve this"
+        )
+    found.append(("row alone = row in batch", f"logits within {gap:.1e}, padded on the left"))
+    return found
