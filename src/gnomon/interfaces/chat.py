@@ -17,7 +17,8 @@ HELP = """\
 /budget N|auto|none  think tokens at most
 /plan NAME|auto      direct, steps, verify, decompose
 /show on|off         show the thoughts
-/quit                leave"""
+/quit                leave
+A program of several lines is typed on one, with \\n between them."""
 COMMANDS = ("/help", "/examples", "/budget", "/plan", "/show", "/quit")
 
 
@@ -41,7 +42,8 @@ def summary(facts: Mapping[str, Any], known: bool = True) -> str:
 
 def examples(number: int) -> list[str]:
     """One problem of every family, another set for every number."""
-    return [draw(name, 1 + number % 3, "test", "chat-examples", number).prompt for name in REGISTRY]
+    found = (draw(name, 1 + number % 3, "test", "chat-examples", number).prompt for name in REGISTRY)
+    return [prompt.replace("\n", "\\n") for prompt in found]
 
 
 class Chat:
@@ -69,7 +71,7 @@ class Chat:
             except (EOFError, KeyboardInterrupt):
                 console.say()
                 return
-            text = line.strip()
+            text = line.strip().replace("\\n", "\n")
             if not text:
                 continue
             try:
