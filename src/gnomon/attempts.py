@@ -92,11 +92,16 @@ def judge(reasoner: Reasoner, problem: Problem, trace: Trace) -> Attempt:
     return Attempt(problem, trace, answer, trace.answer_tokens > 0 and verify(problem, answer).correct, leaked)
 
 
-def prompt_logprobs(reasoner: Reasoner, problems: Sequence[Problem], chunk: int = 32) -> list[float]:
-    """Mean log-prob of each prompt's tokens under the base: the perplexity baseline of confidence-before."""
+def prompt_logprobs(reasoner: Reasoner, problems: Sequence[Problem], most: int = 2**25) -> list[float]:
+    """Mean log-prob of each prompt's tokens under the base: the perplexity baseline of confidence-before.
+
+    most: logits held at a time (a foreign base has a large vocabulary and long prompts).
+    """
     encoded = [reasoner.codec.encode_prompt(p.prompt) for p in problems]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     values = [0.0] * len(encoded)
+    longest = max((len(ids) for ids in encoded), default=1)
+    chunk = min(32, max(1, most // (longest * reasoner.backbone.vocab_size)))
     for start in range(0, len(order), chunk):
         rows = order[start : start + chunk]
         width = max(len(encoded[i]) for i in rows)
@@ -108,7 +113,8 @@ def prompt_logprobs(reasoner: Reasoner, problems: Sequence[Problem], chunk: int 
         cache = reasoner.backbone.new_cache(len(rows), width)
         out = reasoner.backbone.step(ids, mask, cache, logits="all")
         assert out.logits is not None
-        scores = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        logits = out.logits[:, :-1]
+        scores = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
         real = mask[:, :-1]
         means = (scores * real).sum(-1) / real.sum(-1).clamp_min(1)
         for r, i in enumerate(rows):

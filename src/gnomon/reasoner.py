@@ -71,8 +71,12 @@ class Reasoner:
         folder = _folder(str(name))
         pointer = folder / BASE_FILE
         if pointer.is_file():
-            below = json.loads(pointer.read_text(encoding="utf-8"))["base"]
-            return cls.load(below, device).with_layer(folder)
+            found = cls.load(_below(pointer), device).with_layer(folder)
+            if found.decider is None:
+                raise ModelError(
+                    f"{folder} names its base in {BASE_FILE} but holds no {store.CONFIG_FILE}; copy it again"
+                )
+            return found
         backbone, codec = _base(folder, device)
         best = folder / "best_plan.json"
         plans = json.loads(best.read_text(encoding="utf-8")) if best.is_file() else {}
@@ -201,8 +205,25 @@ def is_own(name: str) -> bool:
     folder = _folder(name)
     pointer = folder / BASE_FILE
     if pointer.is_file():
-        return is_own(json.loads(pointer.read_text(encoding="utf-8"))["base"])
+        return is_own(_below(pointer))
     return (folder / MODEL_FILE).is_file()
+
+
+def _below(pointer: Path) -> str:
+    """The base that a folder with a layer of its own points to; it must be there and must not be a pointer itself."""
+    try:
+        name = str(json.loads(pointer.read_text(encoding="utf-8"))["base"])
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(f'{pointer} is damaged; it should read {{"base": "<name or folder>"}}') from None
+    try:
+        below = _folder(name)
+    except ModelError as error:
+        raise ModelError(
+            f"the layer in {pointer.parent} belongs to the base {name!r}, which is not there: {error}"
+        ) from None
+    if (below / BASE_FILE).is_file():
+        raise ModelError(f"{pointer} names {name!r}, which is a layer, not a base; name the folder with the weights")
+    return name
 
 
 def _base(folder: Path, device: str) -> tuple[Backbone, Codec]:

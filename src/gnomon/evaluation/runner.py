@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -87,7 +87,7 @@ def decode_records(
         cut = [i for i in range(len(attempts)) if i not in needed]
         most = reasoner.max_think if cap is None else cap
         again = [_resumed(items[i], attempts[i].trace, cap, most, seed) for i in cut]
-        for i, found in zip(cut, run(reasoner, again, max_batch=max_batch), strict=True):
+        for i, found in zip(cut, run(replace(reasoner, decider=None), again, max_batch=max_batch), strict=True):
             needed[i] = found[0]
     prompts = prompt_logprobs(reasoner, items)
     return [_record(reasoner, a, needed.get(i), prompts[i]) for i, a in enumerate(attempts)], attempts
@@ -164,6 +164,8 @@ def evaluate(
     calibration: list[EvalRecord] = []
     if fit_n:
         held = problems(tasks, "calibration", f"{stream}/baselines", fit_n, levels)
+        if shots is not None:
+            held = [with_shots(p, shots) for p in held]
         with Progress("fit baselines", fit_n, quiet=quiet) as bar:
             calibration, _ = decode_records(
                 reasoner, held, plan, budget, cap=cap, max_batch=max_batch, on_done=bar.advance
@@ -192,6 +194,7 @@ def sweep_problems(
     the answer is decoded.
     """
     names = tuple(strategies or reasoner.codec.strategies)
+    reasoner = replace(reasoner, decider=None)  # nothing is predicted here, so no states are read
     cells = [(s, i) for i in range(len(items)) for s in names]  # neighbours share a prompt, so they share its prefill
     with Progress(f"{title}: uncapped", len(cells), quiet=quiet) as bar:
         jobs = [Job(items[i], s, cap, use_prediction=False, seed="sweep") for s, i in cells]
@@ -273,7 +276,8 @@ def against(
     """Predicted plan and budget against the best fixed strategy per family, paired on the same problems.
 
     loss: accuracy of best fixed minus predicted, with a paired bootstrap interval; token_share: predicted over best
-    fixed think tokens; constant_tokens: what the best per-family constants chosen on val need for equal accuracy.
+    fixed think tokens; constant_tokens: what the best per-family constants chosen on val need for equal accuracy, None
+    where none reaches it.
     """
     correct = np.array([r.correct for r in records])
     used = np.array([r.used for r in records])
@@ -282,7 +286,10 @@ def against(
     rows = np.arange(len(items))
     base, base_used = test.correct[rows, pick, -1], test.used[rows, pick, -1]
     loss, (low, high) = metrics.paired_difference(base, correct)
-    return _policy(correct, used) | {
+    mine = _policy(correct, used)
+    points = test.extra.get("constants", {}).get("points", [])
+    return mine | {
+        "constant_tokens": min((p["tokens"] for p in points if p["accuracy"] >= mine["accuracy"]), default=None),
         "loss": loss,
         "loss_ci": [low, high],
         "token_share": float(used.mean() / max(base_used.mean(), 1e-9)),
