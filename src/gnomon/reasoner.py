@@ -21,7 +21,7 @@ from gnomon.decoding.engine import Engine
 from gnomon.metacognition import store
 from gnomon.metacognition.decide import Decider, combine
 from gnomon.model.backbone import Backbone, OwnBackbone
-from gnomon.model.folder import load_decoder
+from gnomon.model.folder import CONFIG, MODEL_TYPE, load_decoder
 from gnomon.protocol.graph import Graph, to_text
 from gnomon.protocol.trace import Request, Trace
 
@@ -206,7 +206,7 @@ def is_own(name: str) -> bool:
     pointer = folder / BASE_FILE
     if pointer.is_file():
         return is_own(_below(pointer))
-    return (folder / MODEL_FILE).is_file()
+    return _own(folder)
 
 
 def _below(pointer: Path) -> str:
@@ -226,8 +226,17 @@ def _below(pointer: Path) -> str:
     return name
 
 
+def _own(folder: Path) -> bool:
+    """By model_type where config.json can be read (foreign bases may bring a tokenizer.model too), else by our file."""
+    try:
+        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return (folder / MODEL_FILE).is_file()
+    return bool(kind == MODEL_TYPE)
+
+
 def _base(folder: Path, device: str) -> tuple[Backbone, Codec]:
-    if (folder / MODEL_FILE).is_file():
+    if _own(folder):
         return OwnBackbone(load_decoder(folder).to(device)), OwnCodec(Tokenizer.load(folder))
     from gnomon.data.foreign import TextCodec
     from gnomon.model.load import load_backbone
