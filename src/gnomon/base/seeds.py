@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,3 +48,12 @@ def numpy_generator(*names: object) -> numpy.random.Generator:
     import numpy
 
     return numpy.random.default_rng(derive(*names))
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave torch's global CPU generator as it was (building a module draws initial weights)."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        yield

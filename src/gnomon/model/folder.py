@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from gnomon.base import seeds
 from gnomon.base.atomic import write_atomic
 from gnomon.base.checkpoint import load_tensors, save_tensors
 from gnomon.base.errors import ModelError
@@ -68,7 +69,7 @@ def load_decoder(folder: str | Path) -> Decoder:
     place = Path(folder)
     config = read_config(place)
     tensors = load_tensors(place, WEIGHTS)
-    with torch.random.fork_rng(devices=[]):
+    with seeds.undisturbed():
         decoder = Decoder(config)
     _check_names(place, decoder.state_dict(), tensors)
     decoder.load_state_dict({name.removeprefix(PREFIX): value.float() for name, value in tensors.items()})

@@ -38,7 +38,6 @@ def pretrain(
     dry_run: Print every value and an estimate of time and memory; train nothing.
     json: Print one JSON object with the facts of the run.
     """
-    from gnomon.base import config as configs
     from gnomon.recipes import pretrain_config as pc
 
     flags = ("run", "data", "config", "resume", "runs", "dry-run", "json")
@@ -50,14 +49,7 @@ def pretrain(
     if old:
         settled, changed = pc.settle(old, settled)
     if dry_run:
-        from gnomon.recipes.pretrain_run import estimate
-
-        facts = {"config": configs.dump(settled), "estimate": estimate(settled)}
-        if json:
-            console.emit_json(facts)
-        else:
-            console.say(configs.dump_yaml(settled))
-            console.table("estimate", ("what", "value"), list(facts["estimate"].items()))
+        _dry_run(settled, json)
         return
     from gnomon.recipes import pretrain_run as pr
 
@@ -80,6 +72,19 @@ def pretrain(
         console.say(f"go on with: gnomon train pretrain --run {place} --resume auto")
     else:
         console.say(f"done: {facts['checkpoint']}")
+
+
+def _dry_run(settled: Any, json: bool) -> None:
+    """Every value, no `auto` left, and what the run would take."""
+    from gnomon.base import config as configs
+    from gnomon.recipes.pretrain_run import estimate
+
+    facts = {"config": configs.dump(settled), "estimate": estimate(settled)}
+    if json:
+        console.emit_json(facts)
+    else:
+        console.say(configs.dump_yaml(settled))
+        console.table("estimate", ("what", "value"), list(facts["estimate"].items()))
 
 
 def _latest(root: Path) -> Path | None:
