@@ -41,7 +41,7 @@ def test_the_run_folder_holds_everything(made: demo.Demo, base: Path) -> None:
     assert results["summary"]["n"] == 26 and len(results["sweep"]["points"]) == 32
     assert json.loads((made.folder / "status.json").read_text())["state"] == "done"
     page = made.page.read_text()
-    assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
+    assert page.lower().startswith("<!doctype html>")
     assert "What this run shows" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
