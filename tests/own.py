@@ -13,6 +13,7 @@ from gnomon.data.encode import encode_record
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
 from gnomon.model.decoder import Decoder, DecoderConfig
 from gnomon.model.folder import save_decoder
+from gnomon.protocol.layout import Layout
 from gnomon.protocol.tags import STRATEGIES
 from gnomon.reasoner import shipped
 from gnomon.tasks.procedural import family, problems
@@ -20,6 +21,10 @@ from gnomon.tasks.procedural import family, problems
 
 def tokenizer() -> Tokenizer:
     return Tokenizer.load(shipped("nano"))
+
+
+def layout() -> Layout:
+    return Layout.atomic(tokenizer())
 
 
 def decoder(name: str = "tiny", context: int = 512, streams: int = 2) -> Decoder:
