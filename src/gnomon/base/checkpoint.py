@@ -199,11 +199,14 @@ def publish(root: Path, step: int) -> Iterator[Path]:
 def _remove_orphans(root: Path) -> None:
     for path in root.glob(".tmp-checkpoint-*"):
         match = _TEMP.fullmatch(path.name)
-        if match and not _alive(int(match.group(1))):
+        if match and not alive(int(match.group(1))):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process with this number exists on this machine."""
+    if pid <= 0:
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

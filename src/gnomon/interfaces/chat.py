@@ -22,8 +22,11 @@ A program of several lines is typed on one, with \\n between them."""
 COMMANDS = ("/help", "/examples", "/budget", "/plan", "/show", "/quit")
 
 
-def summary(facts: Mapping[str, Any], known: bool = True) -> str:
-    """One line about an answer: plan, tokens against budget, confidence. known: the model has a calibrated layer."""
+def summary(facts: Mapping[str, Any], known: bool = True, own: bool = False) -> str:
+    """One line about an answer: plan, tokens against budget, confidence.
+
+    known: the model has a metacognitive layer; own: the plan was given, not predicted.
+    """
     budget, sure = facts["budget"], facts["confidence"]
     used = f"thought {budget['used']} tokens ({facts['plan']})"
     if budget["predicted"] is not None:
@@ -35,7 +38,7 @@ def summary(facts: Mapping[str, Any], known: bool = True) -> str:
     before, after = (f"{v:.2f}" if v is not None else "?" for v in (sure["before"], sure["after"]))
     if sure["calibrated"]:
         return f"{used} · confidence {before} before, {after} after"
-    if budget["source"] != "predicted":
+    if own or budget["source"] != "predicted":
         return f"{used} · confidence unknown under a budget or plan of your own"
     return f"{used} · confidence unknown: this prompt is outside what the card was fitted for"
 
@@ -90,7 +93,7 @@ class Chat:
         if self.show and answer.think:
             console.say(answer.think)
         print(answer.answer or "(no answer)", flush=True)
-        console.say(f"  {summary(answer.report(), known=self.reasoner.decider is not None)}")
+        console.say(f"  {summary(answer.report(), self.reasoner.decider is not None, plan != 'predicted')}")
         return True
 
     def command(self, text: str) -> bool:

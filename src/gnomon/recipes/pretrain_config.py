@@ -16,6 +16,7 @@ from gnomon.base import config as configs
 from gnomon.base.config import Config
 from gnomon.base.errors import CheckpointError, ConfigError, unknown
 from gnomon.model.decoder import PRESETS
+from gnomon.model.decoder import preset as preset_of
 from gnomon.recipes.pretrain import CorpusConfig, PretrainConfig
 from gnomon.tasks.procedural import REGISTRY
 from gnomon.training.optim import OptimConfig
@@ -49,6 +50,11 @@ class ShapeConfig(Config):
     def changes(self) -> dict[str, Any]:
         """The fields that differ from the preset."""
         return {k: v for k, v in self.model_dump(exclude={"preset"}).items() if v is not None}
+
+    def filled(self) -> ShapeConfig:
+        """The same shape with every field written out."""
+        full = preset_of(self.preset, 8, **self.changes())
+        return ShapeConfig(preset=self.preset, **full.model_dump(include=set(type(self).model_fields) - {"preset"}))
 
     def size(self, name: str, default: int) -> int:
         """A field of the final shape."""
@@ -133,7 +139,8 @@ def resolve(
     if "corpus.stream" not in origins:
         corpus["stream"] = config.seed
     full = config.corpus.model_copy(update=corpus)
-    return config.model_copy(update={"corpus": full}), {**origins, **{f"corpus.{k}": "derived" for k in corpus}}
+    whole = config.model_copy(update={"corpus": full, "model": config.model.filled()})
+    return whole, {**origins, **{f"corpus.{k}": "derived" for k in corpus}}
 
 
 def resume_point(resume: str | None, folder: Path | None, latest: Path | None = None) -> tuple[Path | None, Found]:
@@ -152,7 +159,7 @@ def resume_point(resume: str | None, folder: Path | None, latest: Path | None = 
     if resume == "auto":
         place = folder or latest
         if place is None or not checkpoint.steps(place / "checkpoints"):
-            return place, Found()
+            return place, Found(begun=place)
         return place, _newest(place)
     path = Path(resume)
     if (path / "checkpoints").is_dir():
@@ -164,15 +171,21 @@ def resume_point(resume: str | None, folder: Path | None, latest: Path | None = 
 
 
 class Found:
-    """A checkpoint to go on from and the newer ones that were skipped, with reasons; empty = start from nothing."""
+    """A checkpoint to go on from and the newer ones that were skipped, with reasons; empty = start from nothing.
 
-    def __init__(self, path: Path | None = None, skipped: tuple[tuple[str, str], ...] = ()):
-        self.path, self.skipped = path, skipped
+    begun: a run folder that was left before its first checkpoint.
+    """
+
+    def __init__(
+        self, path: Path | None = None, skipped: tuple[tuple[str, str], ...] = (), begun: Path | None = None
+    ) -> None:
+        self.path, self.skipped, self.begun = path, skipped, begun
 
     def values(self) -> dict[str, Any]:
-        """The config that the checkpoint was written under."""
+        """The config that the checkpoint, or the run that has none yet, was started with; {} for a new run."""
         if self.path is None:
-            return {}
+            file = None if self.begun is None else self.begun / "resolved.yaml"
+            return configs.read_file(file) if file is not None and file.is_file() else {}
         file = self.path / "resolved.yaml"
         if not file.is_file():
             raise CheckpointError(f"{self.path} has no resolved.yaml: it was not written by `gnomon train pretrain`")

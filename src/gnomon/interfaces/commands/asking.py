@@ -29,19 +29,18 @@ def ask(
 ) -> None:
     """Ask one question.
 
-    Parameters
-    ----------
-    text: The question; "-" reads it from stdin.
-    model: A shipped model (nano), smollm2, or a model folder.
-    plan: direct, steps, verify, decompose, or predicted.
-    budget: Think tokens at most: a number, predicted, or none.
-    temperature: 0 is greedy.
-    seed: Names the random stream when temperature is above 0.
-    max_answer_tokens: Cap of the answer.
-    device: cpu or cuda.
-    no_decode: Plan, budget and confidence only; nothing is generated.
-    show: Show the thoughts too.
-    json: Print one JSON object.
+    Args:
+        text: The question; "-" reads it from stdin.
+        model: A shipped model (nano), smollm2, or a model folder.
+        plan: direct, steps, verify, decompose, or predicted.
+        budget: Think tokens at most: a number, predicted, or none.
+        temperature: 0 is greedy.
+        seed: Names the random stream when temperature is above 0.
+        max_answer_tokens: Cap of the answer.
+        device: cpu or cuda.
+        no_decode: Plan, budget and confidence only; nothing is generated.
+        show: Show the thoughts too.
+        json: Print one JSON object.
     """
     limit, plan = options.budget(budget), options.check_plan(plan)
     question = sys.stdin.read().strip() if text == "-" else text
@@ -68,7 +67,7 @@ def ask(
 
     if show and answer.think:
         console.say(answer.think)
-    console.say(summary(facts, known=reasoner.decider is not None))
+    console.say(summary(facts, reasoner.decider is not None, plan != "predicted"))
     print(answer.answer)
 
 
@@ -99,13 +98,12 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal; /help inside.
 
-    Parameters
-    ----------
-    model: A shipped model (nano), smollm2, or a model folder.
-    plan: A strategy, or auto.
-    budget: Think tokens at most: a number, auto, or none.
-    device: cpu or cuda.
-    show: Show the thoughts from the start.
+    Args:
+        model: A shipped model (nano), smollm2, or a model folder.
+        plan: A strategy, or auto.
+        budget: Think tokens at most: a number, auto, or none.
+        device: cpu or cuda.
+        show: Show the thoughts from the start.
     """
     limit, name = options.budget(budget), options.check_plan(plan)
     from gnomon.interfaces.chat import Chat

