@@ -143,6 +143,16 @@ def test_where_a_run_may_start(straight: Path, tmp_path: Path) -> None:
         resume_point(str(tmp_path / "none"), None)
 
 
+def test_a_finished_run_is_left_as_it_is_and_fewer_steps_are_refused(straight: Path) -> None:
+    before = (straight / "metrics.jsonl").read_bytes()
+    facts = resume(straight, straight / "data", {})
+    assert (facts["step"], facts["stopped"]) == (6, False)
+    with pytest.raises(ConfigError, match="behind step 6; raise steps"):
+        resume(straight, straight / "data", {"steps": 5})
+    assert (straight / "metrics.jsonl").read_bytes() == before
+    assert configs.read_file(straight / "resolved.yaml")["steps"] == 6
+
+
 def test_a_change_of_shape_is_refused(straight: Path) -> None:
     old = configs.read_file(straight / "resolved.yaml")
     with pytest.raises(ConfigError, match=r"model\.channels is 16 in the checkpoint and cannot become 32"):

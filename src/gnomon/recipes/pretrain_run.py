@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from gnomon.base import checkpoint, seeds
-from gnomon.base.errors import CheckpointError, DataError
+from gnomon.base.errors import CheckpointError, ConfigError, DataError
 from gnomon.base.runs import Run, copy_provenance, open_run
 from gnomon.base.stopping import StopSignals
 from gnomon.base.telemetry import Sink
@@ -141,6 +141,8 @@ def run(
     Raises CheckpointError for a checkpoint of another tokenizer or shape.
     """
     start = start or Start()
+    if start.step > config.steps:
+        raise ConfigError(f"steps = {config.steps}, but the checkpoint is behind step {start.step}; raise steps")
     opened = open_run(folder, config, origins, seed=config.seed)
     opened.events.sinks.extend(sinks)
     try:
@@ -198,7 +200,8 @@ class _Work:
         config, start = self.config, self.start
         self.run.status("running", stage="train")
         self.clock = time.monotonic()
-        self.count = self.progress("train", config.steps - start.step) if self.progress else None
+        left = config.steps - start.step
+        self.count = self.progress("train", left) if self.progress and left else None
         if start.step >= config.steps:
             self.run.events.emit("train/nothing", step=start.step, steps=config.steps)
         with StopSignals() as signals:
