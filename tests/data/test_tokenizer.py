@@ -34,7 +34,9 @@ def test_any_text_survives(text: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from([*EVERY_TAG, "<unk>", "<s>", "▁", " ", "\n"]), st.text(max_size=6)), max_size=8))
+@given(
+    st.lists(st.one_of(st.sampled_from([*EVERY_TAG, "<unk>", "<s>", "▁", " ", "\n"]), st.text(max_size=6)), max_size=8)
+)
 def test_tag_strings_stay_text(parts: list[str]) -> None:
     """What a user types opens nothing, and still survives as it was typed."""
     tok = LOADED["tok"]

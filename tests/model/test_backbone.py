@@ -29,9 +29,7 @@ def backbone(kind: str) -> Backbone:
     seeds.seed_torch("backbone", kind)
     if kind.startswith("own"):
         streams = 1 if kind == "own plain" else 4
-        model = Decoder(
-            DecoderConfig(vocab_size=VOCAB, channels=32, layers=3, heads=2, context=64, streams=streams)
-        )
+        model = Decoder(DecoderConfig(vocab_size=VOCAB, channels=32, layers=3, heads=2, context=64, streams=streams))
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.1 * torch.randn_like(p)
@@ -94,9 +92,7 @@ def test_cached_equals_full(net: Backbone, cuts: tuple[int, ...]) -> None:
     cache, at, seen = net.new_cache(3, 16), 0, []
     for cut in cuts:
         at += cut
-        out = net.step(
-            ids[:, at - cut : at], torch.ones(3, at, dtype=torch.bool), cache, logits="all", want_taps=True
-        )
+        out = net.step(ids[:, at - cut : at], torch.ones(3, at, dtype=torch.bool), cache, logits="all", want_taps=True)
         seen.append(out.logits)
     assert wanted.logits.std() > 0.1
     assert close(torch.cat(seen, 1), wanted.logits)

@@ -107,7 +107,9 @@ def test_next_token_comes_from_the_last_real_token(ours: GnomonForCausalLM, side
             alone = ours.decoder(row[None]).logits[0]
             assert (kept[i, 0] - alone[-1]).abs().max() <= 1e-5
             assert (every[i, mask[i].bool()] - alone).abs().max() <= 1e-5
-        torch.testing.assert_close(ours(ids, attention_mask=mask, logits_to_keep=3).logits, every[:, -3:], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            ours(ids, attention_mask=mask, logits_to_keep=3).logits, every[:, -3:], atol=1e-6, rtol=0
+        )
 
 
 def test_beam_search_reorders_our_cache(ours: GnomonForCausalLM) -> None:
@@ -140,7 +142,7 @@ def test_folder_opens_both_ways(tmp_path: Path, matrices: str, projection: str) 
     low = torch.bfloat16 if matrices == "bf16" else torch.float32
     assert {v.dtype for k, v in stored.items() if "hyper" in k} == {torch.float32}
     assert {v.dtype for k, v in stored.items() if "hyper" not in k} == {low}
-    torch.manual_seed(5)  # noqa: NPY002
+    torch.manual_seed(5)
     state = torch.get_rng_state()
     ours = load_decoder(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
