@@ -74,9 +74,9 @@ def test_slips_and_tool_results_are_not_trained(tok: Tokenizer) -> None:
     nodes = [Node("S", "3+4=8", slip=True), Node("M", "fail", (1,)), Node("T", "run 3+4 = 7"), Node("S", "7")]
     block = encode_nodes(tok, nodes)
     silent = tok.decode([i for i, on in zip(block.ids, block.loss, strict=True) if not on])
-    assert silent == " 3+4=8 = 7"
+    assert silent == " 3+4=8 7", "the model writes `=`, the tool what follows (decisions.md §1)"
     trained = [i for i, on in zip(block.ids, block.loss, strict=True) if on]
-    assert tok.decode(trained) == "<|S|><|M|><|<|>2 fail<|T|> run 3+4<|S|> 7".replace("2 fail", "1 fail")
+    assert tok.decode(trained) == "<|S|><|M|><|<|>2 fail<|T|> run 3+4 =<|S|> 7".replace("2 fail", "1 fail")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -187,3 +187,16 @@ def test_an_estimate_says_time_and_memory() -> None:
     facts = pretrain_run.estimate(resolve(None, TINY)[0])
     assert facts["tokens"] == 6 * 2 * 256 and facts["seconds_per_step"] > 0
     assert facts["memory_mb"] * 2**20 > 4 * facts["parameters"]
+
+
+def test_a_run_starts_from_the_weights_of_another_model(tmp_path: Path) -> None:
+    first, _ = resolve(None, {**TINY, "steps": 3})
+    begun = pretrain_run.run(first, tmp_path / "a", data=tmp_path / "data")
+    more, _ = resolve(None, {**TINY, "steps": 1, "optim.lr": 1e-9, "optim.embed_lr": 1e-9, "optim.unembed_lr": 1e-9,
+                             "optim.hyper_lr": 1e-9, "init": begun["checkpoint"]})  # fmt: skip
+    again = pretrain_run.run(more, tmp_path / "b", data=tmp_path / "data")
+    old, new = load_decoder(begun["checkpoint"]).state_dict(), load_decoder(again["checkpoint"]).state_dict()
+    assert all(torch.allclose(old[k], new[k], atol=1e-5) for k in old)
+    wider, _ = resolve(None, {**TINY, "steps": 1, "model.channels": 32, "init": begun["checkpoint"]})
+    with pytest.raises(ConfigError, match="shape"):
+        pretrain_run.run(wider, tmp_path / "c", data=tmp_path / "data")

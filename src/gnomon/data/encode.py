@@ -35,8 +35,9 @@ def encode_nodes(tok: Tokenizer, nodes: Sequence[Node]) -> Encoded:
             for offset in offsets:
                 head += [tok.parent, *tok.encode(offset)]
         given, _, result = node.text.partition(" = ") if node.kind == "T" else (node.text, "", "")
-        body = tok.encode(" " + given) if given else []
-        forced = tok.encode(" = " + result) if result else []
+        # The model writes the call and its `=`; what stands behind it comes from the tool.
+        body = tok.encode(f" {given} =" if result else f" {given}") if given else []
+        forced = tok.encode(" " + result) if result else []
         ids += head + body + forced
         trained = 0 if node.slip else 1
         loss += [1] * len(head) + [trained] * len(body) + [0] * len(forced)

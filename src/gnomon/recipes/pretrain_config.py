@@ -66,6 +66,7 @@ class PretrainRunConfig(Config):
 
     seed names the run: initial weights, order, and the stream of the corpus. save_every, eval_every: in steps.
     keep: checkpoints left on disk. tokenizer: folder of a tokenizer to use instead of the shipped one.
+    init: "nano" or the folder of an own model whose weights the run starts from (with fresh optimisers).
     """
 
     model: ShapeConfig = ShapeConfig()
@@ -83,6 +84,7 @@ class PretrainRunConfig(Config):
     workers: int = Field(default=2, ge=1)
     vocab_size: int = Field(default=1024, ge=512)
     tokenizer: str | None = None
+    init: str | None = None
 
     @field_validator("corpus", mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from gnomon.base.stopping import StopSignals
 from gnomon.base.telemetry import Sink
 from gnomon.data.corpus import Bins
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
-from gnomon.model.decoder import Decoder, preset
+from gnomon.model.decoder import Decoder, DecoderConfig, preset
 from gnomon.model.folder import load_decoder, save_decoder
 from gnomon.reasoner import shipped
 from gnomon.recipes.logic_check import logic_check
@@ -186,7 +186,8 @@ class _Work:
         config, at = self.config, self.start.checkpoint
         if at is None:
             seeds.seed_torch(config.seed, "init")
-            return Decoder(preset(config.model.preset, self.tok.vocab_size, **config.model.changes()))
+            shape = preset(config.model.preset, self.tok.vocab_size, **config.model.changes())
+            return Decoder(shape) if config.init is None else self._started_from(config.init, shape)
         if Tokenizer.load(at).model != self.tok.model:
             raise CheckpointError(
                 f"{at} was trained with another tokenizer than the corpus in {self.data}; name its corpus with --data"
@@ -194,6 +195,17 @@ class _Work:
         if self.start.facts.get("data") != self.print:
             self.run.events.emit("resume/data", level="warning", what="the corpus differs from the checkpoint's")
         return load_decoder(at).train()
+
+    def _started_from(self, init: str, shape: DecoderConfig) -> Decoder:
+        """The weights of another own model. Raises ConfigError where shape or tokenizer are not this run's."""
+        folder = shipped(init) if init == "nano" else Path(init)
+        decoder = load_decoder(folder).train()
+        if decoder.config != shape:
+            raise ConfigError(f"init {init!r} has the shape {decoder.config}, this run {shape}; name its preset")
+        if Tokenizer.load(folder).model != self.tok.model:
+            raise ConfigError(f"init {init!r} has another tokenizer than the corpus in {self.data}; prepare it again")
+        self.run.events.emit("model/init", folder=str(folder))
+        return decoder
 
     def train(self, stop: Callable[[int], bool] | None) -> dict[str, Any]:
         """Run the loop; the last step is always saved."""
