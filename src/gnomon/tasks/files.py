@@ -72,9 +72,7 @@ def parse_line(raw: bytes) -> Any:
     """Strict JSON value of one line: UTF-8, no duplicate keys, no NaN or infinity. Raises DataError."""
     try:
         text = raw.decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
-        )
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except _Bad as error:
         raise DataError(str(error)) from None
