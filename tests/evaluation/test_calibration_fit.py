@@ -44,7 +44,7 @@ def uncapped(n: int, name: str, spread: float = 0.3) -> Uncapped:
         budget_raw=np.stack([np.zeros(n), log_need], 1),
         conf_before=3.0 * logit,
         conf_after=0.5 * logit,
-        g=g.normal(size=(n, 2, 5)),
+        state=g.normal(size=(n, 2, 5)),
     )
 
 

@@ -42,8 +42,8 @@ class Uncapped:
     """The uncapped greedy pass of every plan over the calibration split.
 
     plans: order of the columns and of the plan head. plan_probs, budget_raw (log1p tokens), conf_before and conf_after
-    (logits) float [N, K]; correct, closed bool [N, K]; used int [N, K]; g at the think tag [N, K, P]. The
-    fields are those of `training.heads_fit.read_greedy`: `Uncapped(**read_greedy(heads, labels))`.
+    (logits) float [N, K]; correct, closed bool [N, K]; used int [N, K]; state [N, K, C] of block `layer` at
+    the think tag. The fields are those of `training.heads_fit.read_greedy`: `Uncapped(**read_greedy(heads, labels))`.
     """
 
     plans: tuple[str, ...]
@@ -55,9 +55,10 @@ class Uncapped:
     budget_raw: Floats
     conf_before: Floats
     conf_after: Floats
-    g: Floats
+    state: Floats
     level: tuple[int, ...] = ()
     answer_logprob: Floats | None = None
+    layer: int = 0
 
     def __post_init__(self) -> None:
         shape = (len(self.family), len(self.plans))
@@ -187,27 +188,34 @@ def _needs(data: Uncapped, plan: Ints, enough: int = 200) -> tuple[Floats, Ints]
     return data.budget_raw[held], data.used[held]
 
 
-def fit_domain(g: Floats, groups: Sequence[str], quantile: float = 0.99, shrink: float = 0.1, seed: int = 0) -> Domain:
+def fit_domain(
+    states: Floats,
+    groups: Sequence[str],
+    layer: int = 0,
+    quantile: float = 0.99,
+    shrink: float = 0.1,
+    seed: int = 0,
+) -> Domain:
     """Centres per group, one shared shrunk covariance; the threshold from distances measured across two folds.
 
-    g [M, P]; groups [M] (family, or family and plan). In-sample distances would be too short, hence the folds.
+    states [M, C] of block `layer`; groups [M] (family and plan). In-sample distances would be too short, hence folds.
     """
-    names = np.asarray(groups)
+    names, g = np.asarray(groups), np.asarray(states, dtype=np.float64)
     if len(g) < 4:
         raise DataError(f"the domain of a card needs at least 4 rows, got {len(g)}")
     fold = numpy_generator("domain-folds", seed).permutation(len(g)) % 2
     far = np.zeros(len(g))
     for side in (0, 1):
         centres, precision = _gaussian(g[fold != side], names[fold != side], shrink)
-        far[fold == side] = _as_domain(centres, precision, 1.0).distance(g[fold == side])
+        far[fold == side] = _as_domain(centres, precision, 1.0, layer).distance(g[fold == side])
     rank = min(len(far), math.ceil((len(far) + 1) * quantile))
     centres, precision = _gaussian(g, names, shrink)
-    return _as_domain(centres, precision, max(float(np.sort(far)[rank - 1]), 1e-6))
+    return _as_domain(centres, precision, max(float(np.sort(far)[rank - 1]), 1e-6), layer)
 
 
-def _groups(data: Uncapped, plan: Ints, least: int = 10) -> list[str]:
-    """family/plan per row; groups too small for a centre of their own are pooled per plan."""
-    fine = [(f, data.plans[int(k)]) for f, k in zip(data.family, plan, strict=True)]
+def _groups(data: Uncapped, least: int = 10) -> list[str]:
+    """family/plan per problem and plan; groups too small for a centre of their own are pooled per plan."""
+    fine = [(f, p) for f in data.family for p in data.plans]
     counts = Counter(fine)
     return [f"{f}/{p}" if counts[f, p] >= least else f"*/{p}" for f, p in fine]
 
@@ -221,11 +229,11 @@ def _gaussian(g: Floats, names: NDArray[Any], shrink: float) -> tuple[Floats, Fl
     return centres, np.linalg.inv(cov)
 
 
-def _as_domain(centres: Floats, precision: Floats, threshold: float) -> Domain:
+def _as_domain(centres: Floats, precision: Floats, threshold: float, layer: int) -> Domain:
     def rows(x: Floats) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(float(f"{v:.6g}") for v in row) for row in x)
 
-    return Domain(centres=rows(centres), precision=rows(precision), threshold=threshold)
+    return Domain(layer=layer, centres=rows(centres), precision=rows(precision), threshold=threshold)
 
 
 def fit_card(
@@ -257,8 +265,7 @@ def fit_card(
     t_before, t_after = fit_temperature(before, point.correct), fit_temperature(point.conf_after, point.correct)
     chosen = {data.plans[k]: int((plan == k).sum()) for k in range(len(data.plans))}
     fitted = [p for p, n in chosen.items() if n >= min_plan_rows] or [p for p, n in chosen.items() if n]
-    g = data.g[np.arange(len(plan)), plan]
-    groups = _groups(data, plan)
+    states = data.state.reshape(-1, data.state.shape[-1])
     card = Card(
         weights=weights,
         plans=data.plans,
@@ -266,7 +273,7 @@ def fit_card(
         plan_threshold=tau,
         temperature=Temperatures(before=t_before, after=t_after),
         budget_clip=BudgetClip(tested_offset=tested, level=point.level, operating_offset=point.offset, n=len(fit_used)),
-        domain=fit_domain(g, groups) if len(g) >= 4 else None,
+        domain=fit_domain(states, _groups(data), data.layer),
         fitted_plans=tuple(fitted),
         best_plan=dict(best_plan or {}),
         fitted=Fitted(

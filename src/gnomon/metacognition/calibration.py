@@ -50,10 +50,13 @@ class BudgetClip(_Frozen):
 
 
 class Domain(_Frozen):
-    """Mahalanobis distance of g at the think tag to the nearest centre, and the distance still called familiar.
+    """Mahalanobis distance of a state at the think tag to the nearest centre, and the distance still called familiar.
 
-    centres [M, P], precision [P, P] (shared), threshold.
+    layer: the tapped block whose state is judged; centres [M, C], precision [C, C] (shared), threshold. The raw state
+    is used, not g: g keeps what the heads need and drops what is foreign (docs/log.md, 2026-11-21).
     """
+
+    layer: int = Field(ge=0)
 
     centres: tuple[tuple[float, ...], ...]
     precision: tuple[tuple[float, ...], ...]
@@ -63,14 +66,15 @@ class Domain(_Frozen):
     def _shapes(self) -> Domain:
         dim = len(self.precision)
         if not self.centres or any(len(row) != dim for row in (*self.precision, *self.centres)):
-            raise ValueError("domain centres and precision disagree about the size of g")
+            raise ValueError("domain centres and precision disagree about the size of a state")
         return self
 
-    def distance(self, g: Floats) -> Floats:
-        """g [N, P] -> distance [N] to the nearest centre."""
+    def distance(self, states: Floats) -> Floats:
+        """States [N, C] of block `layer` -> distance [N] to the nearest centre."""
         centres, precision = np.asarray(self.centres), np.asarray(self.precision)
-        gap = g[:, None, :].astype(np.float64) - centres[None]
-        square = np.einsum("nmp,pq,nmq->nm", gap, precision, gap, optimize=True)
+        rows = np.asarray(states, dtype=np.float64)
+        gaps = (rows - centre for centre in centres)
+        square = np.stack([((gap @ precision) * gap).sum(-1) for gap in gaps], axis=1)
         return np.asarray(np.sqrt(np.maximum(square, 0.0).min(1)))
 
 
@@ -130,7 +134,9 @@ class Card(_Frozen):
         path = path / FILE_NAME if path.is_dir() else path
         body = {**self.model_dump(mode="json"), "digest": self.digest()}
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        domain = json.dumps(body["domain"], separators=(",", ":"))  # thousands of numbers: one line
+        text = json.dumps({**body, "domain": "@"}, indent=1).replace('"@"', domain)
+        partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
 
     @classmethod

@@ -28,7 +28,7 @@ class BudgetDecision:
     """predicted: expected think tokens, before clipping; clipped: whole tokens, never negative.
 
     confidence: probability of a right answer, None when unknown; calibrated: the card holds for this prompt and plan.
-    raw: the confidence logit (for fitting only); distance: of g from the card's domain, None without one.
+    raw: the confidence logit (for fitting only); distance: of the state from the card's domain, None without one.
     """
 
     predicted: float
@@ -107,7 +107,7 @@ class Decider:
             ]
         clipped = self.card.clip_budget(raw)
         probs = self.card.confidence(logits, "before")
-        distance = self.distance(out)
+        distance = self.distance(taps)
         rows = []
         for i, plan in enumerate(plans):
             far = distance is not None and bool(distance[i] > self._threshold())
@@ -144,11 +144,11 @@ class Decider:
             AfterDecision(float(p) if k else None, k, float(r)) for p, k, r in zip(probs, known, logits, strict=True)
         ]
 
-    def distance(self, out: MetacogOutput) -> Floats | None:
-        """Distance [B] of g from the card's domain; None when the card has none."""
+    def distance(self, taps: Tensor) -> Floats | None:
+        """Distance [B] of the states taps [B, L, C] at the think tag from the card's domain; None without one."""
         if self.card is None or self.card.domain is None:
             return None
-        return self.card.domain.distance(_numpy(out.g))
+        return self.card.domain.distance(_numpy(taps[:, self.card.domain.layer]))
 
     def _threshold(self) -> float:
         assert self.card is not None and self.card.domain is not None

@@ -245,12 +245,17 @@ def _gauges(heads: MetacogHeads, data: _Set) -> dict[str, Any]:
     return out
 
 
+def domain_layer(heads: MetacogHeads) -> int:
+    """The block whose state at the think tag tells home from abroad: the middle one."""
+    return heads.config.n_layers // 2
+
+
 @torch.no_grad()
 def read_greedy(heads: MetacogHeads, labels: LabelSet, chunk: int = 1024) -> dict[str, Any]:
     """What the heads say about every problem and strategy, beside what the greedy rollout did.
 
     Returns {plans, family, level, plan_probs, budget_raw, conf_before, conf_after, correct, used, closed,
-    answer_logprob [N, K], g [N, K, P]} in numpy: what calibration fits on.
+    answer_logprob [N, K], state [N, K, C] of block `layer`} in numpy: what calibration fits on.
     """
 
     def read(taps: list[NDArray[np.float32]], site: int, used: list[int] | None = None) -> list[MetacogOutput]:
@@ -284,5 +289,6 @@ def read_greedy(heads: MetacogHeads, labels: LabelSet, chunk: int = 1024) -> dic
         "used": np.array([r.used for r in greedy], dtype=np.int64).reshape(shape),
         "closed": np.array([r.closed for r in greedy]).reshape(shape),
         "answer_logprob": np.array([r.answer_logprob for r in greedy]).reshape(shape),
-        "g": joined(think, "g").reshape(*shape, -1),
+        "state": np.stack([c.taps_think[domain_layer(heads)] for c in cells]).reshape(*shape, -1),
+        "layer": domain_layer(heads),
     }
