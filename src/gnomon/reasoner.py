@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -78,11 +77,9 @@ class Reasoner:
                 )
             return found
         backbone, codec = _base(folder, device)
-        best = folder / "best_plan.json"
-        plans = json.loads(best.read_text(encoding="utf-8")) if best.is_file() else {}
         most = None if isinstance(backbone, OwnBackbone) else FOREIGN_MAX_THINK
         base = fingerprint(backbone)
-        bare = cls(str(name), backbone, codec, base, folder=folder, best_plan=plans, max_think=most)
+        bare = cls(str(name), backbone, codec, base, folder=folder, max_think=most)
         return bare.with_layer(folder)
 
     def with_layer(self, folder: Path) -> Reasoner:
@@ -247,8 +244,3 @@ def _base(folder: Path, device: str) -> tuple[Backbone, Codec]:
 def from_parts(name: str, backbone: Backbone, codec: Codec) -> Reasoner:
     """A Reasoner without a layer from a backbone and a codec that are in memory (training, tests)."""
     return Reasoner(name, backbone, codec, fingerprint(backbone))
-
-
-def texts(reasoner: Reasoner, traces: Sequence[Trace]) -> list[str]:
-    """The answers of traces."""
-    return [reasoner.codec.decode(t.answer_ids) for t in traces]

@@ -16,30 +16,24 @@ Decode = Callable[[Sequence[int]], str]
 Sink = Callable[[Chunk], None]
 
 
-class BudgetChoice(Protocol):
-    """What the metacognitive layer says at the think tag."""
+class AfterChoice(Protocol):
+    """What the metacognitive layer says at the end tag."""
+
+    @property
+    def confidence(self) -> float | None: ...
+    @property
+    def calibrated(self) -> bool: ...
+    @property
+    def raw(self) -> float: ...
+
+
+class BudgetChoice(AfterChoice, Protocol):
+    """What it says at the think tag: the same, and a budget."""
 
     @property
     def predicted(self) -> float: ...
     @property
     def clipped(self) -> int: ...
-    @property
-    def confidence(self) -> float | None: ...
-    @property
-    def calibrated(self) -> bool: ...
-    @property
-    def raw(self) -> float: ...
-
-
-class AfterChoice(Protocol):
-    """What it says at the end tag."""
-
-    @property
-    def confidence(self) -> float | None: ...
-    @property
-    def calibrated(self) -> bool: ...
-    @property
-    def raw(self) -> float: ...
 
 
 class Row:

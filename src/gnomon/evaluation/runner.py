@@ -254,11 +254,9 @@ def sweep(
 def policies(val: Sweep, held: Sequence[Problem], test: Sweep, items: Sequence[Problem]) -> dict[str, dict[str, Any]]:
     """Fixed policies chosen on val and applied to test: best fixed strategy and best (strategy, budget) per family."""
     families, mine = [p.task for p in held], [p.task for p in items]
-    rows = np.arange(len(items))
     out: dict[str, dict[str, Any]] = {}
-    best = best_strategy(families, val.correct[:, :, -1], val.used[:, :, -1], val.strategies)
-    pick = np.array([val.strategies.index(best.get(f, val.strategies[0])) for f in mine])
-    out["best_fixed"] = _policy(test.correct[rows, pick, -1], test.used[rows, pick, -1]) | {"choice": best}
+    best, correct, used = _best_fixed(val, held, test, items)
+    out["best_fixed"] = _policy(correct, used) | {"choice": best}
     for name in test.strategies:
         k = test.strategies.index(name)
         out[f"fixed:{name}"] = _policy(test.correct[:, k, -1], test.used[:, k, -1])
@@ -281,10 +279,7 @@ def against(
     """
     correct = np.array([r.correct for r in records])
     used = np.array([r.used for r in records])
-    best = best_strategy([p.task for p in held], val.correct[:, :, -1], val.used[:, :, -1], val.strategies)
-    pick = np.array([val.strategies.index(best.get(p.task, val.strategies[0])) for p in items])
-    rows = np.arange(len(items))
-    base, base_used = test.correct[rows, pick, -1], test.used[rows, pick, -1]
+    _, base, base_used = _best_fixed(val, held, test, items)
     loss, (low, high) = metrics.paired_difference(base, correct)
     mine = _policy(correct, used)
     points = test.extra.get("constants", {}).get("points", [])
@@ -295,6 +290,16 @@ def against(
         "token_share": float(used.mean() / max(base_used.mean(), 1e-9)),
         "plan_share": {s: float(np.mean([r.plan == s for r in records])) for s in (*STRATEGIES,)},
     }
+
+
+def _best_fixed(
+    val: Sweep, held: Sequence[Problem], test: Sweep, items: Sequence[Problem]
+) -> tuple[dict[str, str], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(family -> strategy chosen on val, correct [N], used [N] of that choice on test), unlimited."""
+    best = best_strategy([p.task for p in held], val.correct[:, :, -1], val.used[:, :, -1], val.strategies)
+    pick = np.array([val.strategies.index(best.get(p.task, val.strategies[0])) for p in items])
+    rows = np.arange(len(items))
+    return best, test.correct[rows, pick, -1], test.used[rows, pick, -1]
 
 
 def _policy(correct: np.ndarray[Any, Any], used: np.ndarray[Any, Any]) -> dict[str, Any]:

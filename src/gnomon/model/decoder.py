@@ -5,6 +5,7 @@ Legend: B rows, T positions, n streams, C channels, V vocabulary, L blocks. Tens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -188,27 +189,20 @@ class Decoder(nn.Module):
         """mHC gauges per sublayer on a batch of ids [B, T]; empty for a plain net."""
         readings: list[dict[str, float]] = []
 
-        def record(module: nn.Module, args: tuple[Tensor, ...], result: tuple[Tensor, Tensor, Tensor]) -> None:
-            readings.append(gauges(result[2], args[0]))
+        def recording(hyper: HyperConnection) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+            def read(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                result = HyperConnection.read(hyper, x)
+                readings.append(gauges(result[2], x))
+                return result
 
-        if self.config.streams == 1:
-            return readings
+            return read
+
         hypers = [m for m in self.modules() if isinstance(m, HyperConnection)]
-        originals = [h.read for h in hypers]
         try:
-            for h in hypers:
-                h.read = _recording(h, record)  # type: ignore[method-assign]
+            for hyper in hypers:
+                hyper.read = recording(hyper)  # type: ignore[assignment, method-assign]
             self(ids, logits="none")
         finally:
-            for h, original in zip(hypers, originals, strict=True):
-                h.read = original  # type: ignore[method-assign]
+            for hyper in hypers:
+                del hyper.read
         return readings
-
-
-def _recording(hyper: HyperConnection, record):  # type: ignore[no-untyped-def]
-    def read(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        result = HyperConnection.read(hyper, x)
-        record(hyper, (x,), result)
-        return result
-
-    return read

@@ -73,5 +73,6 @@ def run(config: MetacogRunConfig, root: Path, say: Callable[[str], object]) -> D
         say(f"run folder: {run_folder.folder}")
         outcome = run_metacog(config, run_folder)
         page = claims.write(outcome, config, run_folder.folder, "gnomon demo: knowing how much to think")
-        run_folder.write_json("claims.json", {"columns": claims.COLUMNS, "rows": claims.claims(outcome)})
-    return Demo(run_folder.folder, page, claims.claims(outcome), outcome)
+        rows = claims.claims(outcome)
+        run_folder.write_json("claims.json", {"columns": claims.COLUMNS, "rows": rows})
+    return Demo(run_folder.folder, page, rows, outcome)
