@@ -40,6 +40,7 @@ def decoder(name: str = "tiny", context: int = 512, streams: int = 2) -> Decoder
         for block in net.blocks:
             torch.nn.init.normal_(block.attention.out.weight, std=0.2)
             torch.nn.init.normal_(block.mlp.out.weight, std=0.2)
+        torch.nn.init.normal_(net.before.weight, std=0.1)
     return net.eval()
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gnomon.base import seeds
 from gnomon.base.errors import UnknownNameError
-from gnomon.model.decoder import PRESETS, Decoder, DecoderConfig, preset
+from gnomon.model.attention import rms_norm
+from gnomon.model.decoder import PRESETS, Decoder, DecoderConfig, preset, previous_tokens
 from gnomon.training import optim
 
 VOCAB = 32
@@ -192,3 +193,50 @@ def test_presets() -> None:
 def test_a_bad_shape_is_named() -> None:
     with pytest.raises(ValueError, match="channels 60 must split into 8 heads"):
         Decoder(DecoderConfig(vocab_size=VOCAB, channels=60, heads=8))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_tokens_before_wherever_padding_stands(depth: int) -> None:
+    ids = torch.tensor([[9, 9, 5, 6], [9, 4, 9, 7], [3, 4, 5, 6], [9, 9, 9, 8]])
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]]).bool()
+    some = torch.tensor([[-1, 2, 1], [-1, -1, -1], [7, 5, 2], [-1, -1, 1]])[:, -depth:]
+    for last, cached in ((torch.full((4, depth), -1), 0), (some, 2)):
+        whole = torch.cat([torch.ones(4, cached, dtype=torch.bool), mask], 1)
+        previous, newest = previous_tokens(ids, whole, last)
+        for row in range(4):  # the slow, obvious version
+            seen = last[row].tolist()
+            for t in range(4):
+                if mask[row, t]:
+                    assert previous[row, t].tolist() == seen[::-1][:depth]
+                    seen.append(int(ids[row, t]))
+            assert newest[row].tolist() == seen[-depth:]
+
+
+def test_gains_and_the_tokens_before_are_the_identity_at_first() -> None:
+    model = build(4)
+    randomise_outputs(model)
+    seen: list[torch.Tensor] = []
+    hook = model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        wanted = model(ids()).logits
+        assert torch.equal(seen[0][:, :, 0], rms_norm(model.embed(ids())))
+        assert all(torch.equal(b.attention.gain, torch.ones(4)) for b in model.blocks)
+        model.before.weight.normal_(std=0.1, generator=seeds.torch_generator("before"))
+        changed = model(ids()).logits
+    hook.remove()
+    assert torch.equal(changed[:, 0], wanted[:, 0])  # nothing stands before the first token
+    assert (changed[:, 1:] - wanted[:, 1:]).abs().amax(-1).min() > 1e-4
+
+
+def test_records_of_a_packed_row_do_not_see_the_tokens_before_their_own() -> None:
+    model = build(2)
+    randomise_outputs(model)
+    with torch.no_grad():
+        model.before.weight.normal_(std=0.1, generator=seeds.torch_generator("before"))
+        whole = ids(1, 12)
+        positions = torch.tensor([[*range(5), *range(7)]])
+        segment = torch.tensor([0] * 5 + [1] * 7)
+        mask = ((segment[:, None] == segment[None]) & torch.ones(12, 12).tril().bool())[None, None]
+        packed = model(whole, positions, mask).logits
+        alone = model(whole[:, 5:]).logits
+    assert (packed[:, 5:] - alone).abs().max() < 1e-5

@@ -18,6 +18,7 @@ from gnomon.base.errors import CheckpointError, ConfigError, UnknownNameError
 from gnomon.base.telemetry import MemorySink
 from gnomon.model.folder import load_decoder
 from gnomon.recipes import pretrain_run
+from gnomon.recipes.pretrain import mixture_of
 from gnomon.recipes.pretrain_config import PretrainRunConfig, resolve, resume_point, settle
 
 TINY: dict[str, Any] = {
@@ -57,7 +58,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def resume(folder: Path, data: Path, overrides: dict[str, Any], sink: MemorySink | None = None) -> dict[str, Any]:
+def resume(folder: Path, data: Path | None, overrides: dict[str, Any], sink: MemorySink | None = None) -> dict[str, Any]:
     place, found = resume_point("auto", folder)
     assert place == folder
     config, _ = resolve(None, overrides, found.values())
@@ -92,7 +93,8 @@ def test_three_steps_and_three_resumed_are_six_straight(straight: Path, tmp_path
     facts = pretrain_run.run(config, tmp_path, data=straight / "data", stop=lambda step: step == 3)
     assert facts["stopped"] and facts["step"] == 3
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "stopped"
-    resume(tmp_path, straight / "data", {})
+    resume(tmp_path, None, {})  # the corpus is found where the checkpoint says
+    assert not (tmp_path / "data").exists()
     pick = ("step", "tokens", "train/loss", "train/grad_norm", "train/lr")
     assert [[r[k] for k in pick] for r in rows(tmp_path)] == [[r[k] for k in pick] for r in rows(straight)]
     for name in ("model.safetensors", "train/0-muon.safetensors", "train/1-adamw.safetensors"):
@@ -167,6 +169,9 @@ def test_a_change_of_shape_is_refused(straight: Path) -> None:
         ({"corpus.tasks": "chian"}, "did you mean 'chain'"),
         ({"row_length": 128}, "row_length 128 is below corpus.max_tokens 256"),
         ({"keep": 1}, "keep"),
+        ({"corpus.weights": "count=x"}, "'count=x' is no weight; write count=2"),
+        ({"corpus.weights": "cuont=2"}, "did you mean 'count'"),
+        ({"corpus.tasks": "chain", "corpus.weights": "count=2"}, "unknown task in corpus.weights 'count'"),
     ],
 )
 def test_bad_values_teach(overrides: dict[str, Any], message: str) -> None:
@@ -181,6 +186,12 @@ def test_the_corpus_follows_from_the_run_unless_given() -> None:
     assert origins["corpus.records"] == "derived"
     assert resolve(None, {"corpus.records": 2500})[0].corpus.records == 2500
     assert PretrainRunConfig().rows * PretrainRunConfig().row_length <= 4096
+
+
+def test_weights_shift_the_mixture() -> None:
+    config = resolve(None, {"corpus.tasks": "chain,count", "corpus.weights": "count=3", "corpus.levels": "1"})[0].corpus
+    shown = [mixture_of(config).item(i).problem.task for i in range(400)]
+    assert 0.68 < shown.count("count") / 400 < 0.82
 
 
 def test_an_estimate_says_time_and_memory() -> None:

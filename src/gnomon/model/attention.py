@@ -32,7 +32,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention. The output projection starts at zero, so a fresh block adds nothing."""
+    """Multi-head attention. The output projection starts at zero, so a fresh block adds nothing.
+
+    QK-norm bounds the scores by sqrt(D); `gain`, one per head, lets a head look at a single position when D is small.
+    """
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -41,12 +44,14 @@ class Attention(nn.Module):
         self.heads, self.head_size = heads, channels // heads
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.out = nn.Linear(channels, channels, bias=False)
+        self.gain = nn.Parameter(torch.ones(heads))
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """x [B, T, C]; mask bool [B, 1, T, S] (True = may look) or None for plain causal -> [B, T, C]."""
         batch, length, channels = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
         q, k = rotate(rms_norm(q), table), rotate(rms_norm(k), table)
+        q = q * self.gain[:, None, None].to(q.dtype)
         if cache is not None:
             k, v = cache.append(k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gnomon.model.cache import DecoderCache
-from gnomon.model.decoder import Decoder
+from gnomon.model.decoder import Decoder, previous_tokens
 
 Logits = Literal["last", "all", "none"]
 
@@ -103,8 +103,15 @@ class OwnBackbone:
         if cache.length == 0:
             check_left_padded(mask)
         new = ids.shape[1]
+        previous, cache.last = previous_tokens(ids, mask, cache.last)
         out = self.module(
-            ids, positions_of(mask, new), attention_mask(mask, new), cache, want_states=want_taps, logits=logits
+            ids,
+            positions_of(mask, new),
+            attention_mask(mask, new),
+            cache,
+            previous=previous,
+            want_states=want_taps,
+            logits=logits,
         )
         taps = torch.stack([s[:, -1] for s in out.states], dim=1).float() if want_taps else None
         scores = out.logits[:, -1] if logits == "last" and out.logits is not None else out.logits

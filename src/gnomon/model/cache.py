@@ -26,11 +26,15 @@ class LayerCache:
 
 
 class DecoderCache:
-    """Keys and values of all layers: one tensor [2, B, H, capacity, D] per layer."""
+    """Keys and values of all layers: one tensor [2, B, H, capacity, D] per layer.
 
-    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_size: int, like: Tensor):
+    last int64 [B, K]: the newest real tokens of each row, newest at the right, -1 = none; who feeds the decoder keeps it up to date.
+    """
+
+    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_size: int, like: Tensor, before: int = 1):
         shape = (2, batch, heads, capacity, head_size)
         self.store = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
+        self.last = torch.full((batch, before), -1, dtype=torch.int64, device=like.device)
         self.length = 0
         self.capacity = capacity
 
@@ -43,6 +47,7 @@ class DecoderCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder rows: rows int64 [B']."""
+        self.last = self.last.index_select(0, rows.to(self.last.device))
         for i, store in enumerate(self.store):
             kept = store.new_empty((2, len(rows), *store.shape[2:]))
             # Only what is filled is copied; capacity is mostly free space.

@@ -1,5 +1,9 @@
 """gnomon's own decoder-only LM: pre-norm blocks on n residual streams (mHC), RoPE, QK-norm, squared ReLU.
 
+The input of a position is its token's embedding plus a linear map of the embeddings of the few tokens before it. One
+attention layer can then find "what followed this earlier", which otherwise takes two layers and a long plateau of
+training (smeared keys: Olsson et al. 2022, "In-context learning and induction heads").
+
 Legend: B rows, T positions, n streams, C channels, V vocabulary, L blocks. Tensors in, tensors out; no strings.
 """
 
@@ -32,6 +36,7 @@ class DecoderConfig(BaseModel):
     heads: int = 4
     ffn: int = 4
     context: int = 512
+    before: int = Field(default=3, ge=1, description="how many tokens before a position enter its input")
     streams: int = Field(default=4, ge=1)
     projection: Literal["exact", "sinkhorn"] = "exact"
     sinkhorn_iterations: int = 20
@@ -106,6 +111,24 @@ class Block(nn.Module):
         return flat.unflatten(0, (batch, length))
 
 
+def previous_tokens(ids: Tensor, mask: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The K real tokens before each new one, and the last K real tokens of each row.
+
+    ids int64 [B, T]; mask bool [B, S + T], False at padding, wherever it stands; last int64 [B, K]: the newest real
+    tokens among the S cached positions, newest at the right, -1 = none.
+    -> (int64 [B, T, K], nearest first, -1 where there is none; int64 [B, K] as `last`).
+    """
+    (batch, new), depth = ids.shape, last.shape[1]
+    real = mask[:, -new:].long()
+    upto = real.cumsum(-1)
+    # Real tokens side by side behind `last`; padding goes to a slot that nobody reads.
+    slots = torch.where(real.bool(), depth + upto - 1, depth + new)
+    line = torch.cat([last, ids.new_full((batch, new + 1), -1)], dim=1).scatter(1, slots, ids)
+    back = torch.arange(1, depth + 1, device=ids.device)
+    previous = line.gather(1, ((depth + upto - real).unsqueeze(-1) - back).flatten(1)).view(batch, new, depth)
+    return previous, line.gather(1, upto[:, -1:] + back - 1)
+
+
 class Decoder(nn.Module):
     """The whole network. Initialisation is drawn from torch's global generator (seed it by name first)."""
 
@@ -115,6 +138,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.channels)
+        self.before = nn.Linear(config.before * config.channels, config.channels, bias=False)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.unembed = nn.Linear(config.channels, config.vocab_size, bias=False)
         size = config.channels // config.heads
@@ -132,9 +156,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Zero output projections; uniform elsewhere with standard deviation 1/sqrt(C); small unembedding."""
+        """Zero output projections and map of the tokens before; uniform elsewhere with standard deviation 1/sqrt(C); small unembedding."""
         width = self.config.channels
         nn.init.normal_(self.embed.weight, std=1.0)
+        nn.init.zeros_(self.before.weight)
         nn.init.normal_(self.unembed.weight, std=0.02)
         bound = (3.0 / width) ** 0.5
         for block in self.blocks:
@@ -142,6 +167,7 @@ class Decoder(nn.Module):
             nn.init.uniform_(block.attention.qkv.weight, -bound, bound)
             nn.init.uniform_(block.mlp.up.weight, -bound, bound)
             nn.init.zeros_(block.attention.out.weight)
+            nn.init.ones_(block.attention.gain)
             nn.init.zeros_(block.mlp.out.weight)
 
     def forward(
@@ -151,13 +177,18 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         cache: DecoderCache | None = None,
         *,
+        previous: Tensor | None = None,
         want_states: bool = False,
         logits: Literal["all", "last", "none"] = "all",
     ) -> DecoderOutput:
-        """ids int64 [B, T]; positions int64 [B, T] (default 0..T-1); mask bool [B, 1, T, S] or None = causal."""
+        """ids int64 [B, T]; positions int64 [B, T] (default 0..T-1); mask bool [B, 1, T, S] or None = causal.
+
+        previous int64 [B, T, K]: the tokens before each, nearest first, -1 = none (see `previous_tokens`). Default:
+        the columns to the left, down to position 0; with a cache it must be given.
+        """
         length = ids.shape[1]
         table = self.rope[None, :length] if positions is None else self.rope[positions]
-        x = rms_norm(self.embed(ids))
+        x = rms_norm(self.input(ids, positions, previous, cache))
         if self.config.streams > 1:
             x = x.unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
         states = []
@@ -176,13 +207,27 @@ class Decoder(nn.Module):
         seen = hidden[:, -1:] if logits == "last" else hidden
         return DecoderOutput(self.unembed(seen).float(), hidden, states)
 
+    def input(
+        self, ids: Tensor, positions: Tensor | None, previous: Tensor | None, cache: DecoderCache | None = None
+    ) -> Tensor:
+        """Input of every position before its norm [B, T, C]; arguments as in `forward`."""
+        x = self.embed(ids)
+        if previous is not None:
+            near = self.embed(previous.clamp_min(0)) * (previous >= 0).unsqueeze(-1)
+            return x + self.before(near.flatten(-2))
+        assert cache is None or cache.length == 0, "a cached pass needs the tokens before its own"
+        at = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
+        # Shifting what is embedded already spares the gradient of K more look-ups.
+        shifted = [x.roll(k, dims=1) * (at >= k).unsqueeze(-1) for k in range(1, self.config.before + 1)]
+        return x + self.before(torch.cat(shifted, dim=-1))
+
     def collapse(self, x: Tensor) -> Tensor:
         """Streams -> one vector per position (their mean; algorithms.md §1.1)."""
         return x.mean(-2) if self.config.streams > 1 else x
 
     def new_cache(self, batch: int, capacity: int) -> DecoderCache:
         c = self.config
-        return DecoderCache(c.layers, batch, c.heads, capacity, c.channels // c.heads, self.unembed.weight)
+        return DecoderCache(c.layers, batch, c.heads, capacity, c.channels // c.heads, self.unembed.weight, c.before)
 
     @torch.no_grad()
     def health(self, ids: Tensor) -> list[dict[str, float]]:

@@ -1,8 +1,8 @@
 """A model folder without transformers: config.json + model.safetensors <-> Decoder.
 
 The same folder opens with `AutoModelForCausalLM.from_pretrained` after `import gnomon.hf`: weights lie under
-`decoder.`, where `GnomonForCausalLM` keeps its network. On disk matrices may be bfloat16; mHC parameters are always
-float32 (algorithms.md §1.6). `dtype` in config.json is what to compute in, so both readers work in float32.
+`decoder.`, where `GnomonForCausalLM` keeps its network. On disk matrices may be bfloat16; mHC parameters and the
+gains of the heads are always float32 (algorithms.md §1.6). `dtype` in config.json is what to compute in, so both readers work in float32.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def save_decoder(
 ) -> None:
     """Write config.json and model.safetensors; the ids are those of the tokenizer that the decoder was trained with.
 
-    matrices: storage of everything that is not an mHC parameter. Raises CheckpointError for NaN or infinite weights.
+    matrices: storage of every matrix that is not an mHC parameter. Raises CheckpointError for NaN or infinite weights.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     low = torch.bfloat16 if matrices == "bf16" else torch.float32
     tensors = {
-        PREFIX + name: value.detach().to(torch.float32 if HYPER in name else low)
+        PREFIX + name: value.detach().to(torch.float32 if HYPER in name or value.ndim < 2 else low)
         for name, value in decoder.state_dict().items()
     }
     body: dict[str, Any] = {

@@ -14,7 +14,7 @@ from gnomon.base.errors import ModelError
 from gnomon.model.backbone import attention_mask as attention_view
 from gnomon.model.backbone import positions_of
 from gnomon.model.cache import DecoderCache
-from gnomon.model.decoder import Decoder, DecoderConfig
+from gnomon.model.decoder import Decoder, DecoderConfig, previous_tokens
 from gnomon.model.hyper import HyperConnection
 
 
@@ -111,19 +111,31 @@ class GnomonForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         mask = mask.to(input_ids.device)
         positions = positions_of(mask, new) if position_ids is None else position_ids
         view = attention_view(mask, new)
-        out = self.decoder(input_ids, positions, view, cache, want_states=bool(output_hidden_states), logits="none")
+        last = input_ids.new_full((batch, self.config.before), -1) if cache is None else cache.last
+        previous, last = previous_tokens(input_ids, mask, last)
+        if cache is not None:
+            cache.last = last
+        out = self.decoder(
+            input_ids,
+            positions,
+            view,
+            cache,
+            previous=previous,
+            want_states=bool(output_hidden_states),
+            logits="none",
+        )
         hidden, loss = out.hidden, None
         if labels is not None:
             scores = self.decoder.unembed(hidden[:, :-1]).float()
             loss = F.cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         if logits_to_keep == 1:
             index = torch.arange(new, device=mask.device)
-            last = (index * mask[:, -new:]).argmax(-1)
-            hidden = hidden[torch.arange(batch, device=mask.device), last].unsqueeze(1)
+            end = (index * mask[:, -new:]).argmax(-1)
+            hidden = hidden[torch.arange(batch, device=mask.device), end].unsqueeze(1)
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.decoder.unembed(hidden).float()
-        states = (self.decoder.embed(input_ids), *out.states) if output_hidden_states else None
+        states = (self.decoder.input(input_ids, positions, previous), *out.states) if output_hidden_states else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
 
     def prepare_inputs_for_generation(

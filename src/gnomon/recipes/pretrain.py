@@ -33,7 +33,10 @@ CHUNK = 2_000
 
 
 class CorpusConfig(BaseModel):
-    """What a corpus shows. Shares are of all records; `cut` of the records with thinking (decisions.md §1)."""
+    """What a corpus shows. Shares are of all records; `cut` of the records with thinking (decisions.md §1).
+
+    weights: task -> relative frequency; tasks that are not named weigh 1.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,6 +44,7 @@ class CorpusConfig(BaseModel):
     stream: str = "pretrain"
     split: str = "train"
     tasks: tuple[str, ...] = tuple(REGISTRY)
+    weights: dict[str, float] = {}
     levels: tuple[int, ...] = (1, 2, 3, 4, 5)
     cut: float = Field(default=0.2, ge=0, le=1)
     demonstrations: float = Field(default=0.12, ge=0, le=1)
@@ -69,7 +73,7 @@ def record(tok: Tokenizer, mixture: Mixture, config: CorpusConfig, index: int) -
 
 def mixture_of(config: CorpusConfig) -> Mixture:
     return Mixture(
-        tasks=dict.fromkeys(config.tasks, 1.0),
+        tasks={**dict.fromkeys(config.tasks, 1.0), **config.weights},
         levels=config.levels,
         stream=config.stream,
         split=config.split,

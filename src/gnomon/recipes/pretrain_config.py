@@ -89,7 +89,7 @@ class PretrainRunConfig(Config):
     @field_validator("corpus", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
-        """`chain,count`, `all` and `1,2` are what people write on a command line."""
+        """`chain,count`, `all`, `1,2` and `count=2` are what people write on a command line."""
         if not isinstance(value, Mapping):
             return value
         found = dict(value)
@@ -102,6 +102,12 @@ class PretrainRunConfig(Config):
         for name in found.get("tasks") or ():
             if name not in REGISTRY:
                 raise unknown("task", str(name), [*REGISTRY, "all"])
+        if isinstance(found.get("weights"), str):
+            found["weights"] = _weights(found["weights"])
+        shown = found.get("tasks") or tuple(REGISTRY)
+        for name in found.get("weights") or ():
+            if name not in shown:
+                raise unknown("task in corpus.weights", str(name), shown)
         return found
 
     @model_validator(mode="after")
@@ -124,6 +130,18 @@ class PretrainRunConfig(Config):
     def digest(self) -> str:
         """Hash of every value."""
         return hashlib.sha256(json.dumps(configs.dump(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _weights(text: str) -> dict[str, float]:
+    """`count=2,lookup=1.5` -> {"count": 2.0, "lookup": 1.5}."""
+    found = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(f"corpus.weights: {part!r} is no weight; write count=2,lookup=1.5") from None
+    return found
 
 
 def resolve(

@@ -137,7 +137,7 @@ def run(
 ) -> dict[str, Any]:
     """Train in `folder` until `config.steps`, SIGINT or SIGTERM; returns the facts of the run.
 
-    data: folder of the corpus (default: `folder`/data); stop(step): a further reason to stop after a step.
+    data: folder of the corpus (default: the checkpoint's while it is there, else `folder`/data); stop(step): a further reason to stop after a step.
     Raises CheckpointError for a checkpoint of another tokenizer or shape.
     """
     start = start or Start()
@@ -146,7 +146,7 @@ def run(
     opened = open_run(folder, config, origins, seed=config.seed)
     opened.events.sinks.extend(sinks)
     try:
-        work = _Work(opened, config, data or folder / "data", start, progress)
+        work = _Work(opened, config, data or _data_of(start) or folder / "data", start, progress)
         facts = work.train(stop)
     except BaseException as error:
         opened.__exit__(type(error), error, None)
@@ -154,6 +154,12 @@ def run(
     opened.status("stopped" if facts["stopped"] else "done")
     opened.close()
     return facts
+
+
+def _data_of(start: Start) -> Path | None:
+    """The corpus that a checkpoint was trained on, where it still is."""
+    place = Path(str(start.facts.get("data_folder", "")))
+    return place if start.checkpoint and (place / MODEL_FILE).is_file() else None
 
 
 class _Work:

@@ -45,14 +45,13 @@ def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if "hyper" in name:
+        if "hyper" in name or parameter.ndim < 2:  # coefficients and gains
             rest["hyper"].append(parameter)
         elif "unembed" in name:
             rest["unembed"].append(parameter)
         elif "embed" in name:
             rest["embed"].append(parameter)
         else:
-            assert parameter.ndim == 2, f"{name} is not a matrix; give it to AdamW"
             matrices.append(parameter)
     rates = {"embed": config.embed_lr, "unembed": config.unembed_lr, "hyper": config.hyper_lr}
     groups = [{"params": params, "lr": rates[kind]} for kind, params in rest.items() if params]
