@@ -58,7 +58,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def resume(folder: Path, data: Path | None, overrides: dict[str, Any], sink: MemorySink | None = None) -> dict[str, Any]:
+def resume(
+    folder: Path, data: Path | None, overrides: dict[str, Any], sink: MemorySink | None = None
+) -> dict[str, Any]:
     place, found = resume_point("auto", folder)
     assert place == folder
     config, _ = resolve(None, overrides, found.values())

@@ -28,10 +28,13 @@ class LayerCache:
 class DecoderCache:
     """Keys and values of all layers: one tensor [2, B, H, capacity, D] per layer.
 
-    last int64 [B, K]: the newest real tokens of each row, newest at the right, -1 = none; who feeds the decoder keeps it up to date.
+    last int64 [B, K]: the newest real tokens of each row, newest at the right, -1 = none; who feeds the decoder keeps
+    it up to date.
     """
 
-    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_size: int, like: Tensor, before: int = 1):
+    def __init__(
+        self, layers: int, batch: int, heads: int, capacity: int, head_size: int, like: Tensor, before: int = 1
+    ):
         shape = (2, batch, heads, capacity, head_size)
         self.store = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
         self.last = torch.full((batch, before), -1, dtype=torch.int64, device=like.device)

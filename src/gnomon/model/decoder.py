@@ -156,7 +156,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Zero output projections and map of the tokens before; uniform elsewhere with standard deviation 1/sqrt(C); small unembedding."""
+        """Zero output projections and map of the tokens before, gains of 1, a small unembedding.
+
+        Elsewhere uniform with standard deviation 1/sqrt(C).
+        """
         width = self.config.channels
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.zeros_(self.before.weight)

@@ -2,7 +2,8 @@
 
 The same folder opens with `AutoModelForCausalLM.from_pretrained` after `import gnomon.hf`: weights lie under
 `decoder.`, where `GnomonForCausalLM` keeps its network. On disk matrices may be bfloat16; mHC parameters and the
-gains of the heads are always float32 (algorithms.md §1.6). `dtype` in config.json is what to compute in, so both readers work in float32.
+gains of the heads are always float32 (algorithms.md §1.6). `dtype` in config.json is what to compute in, so both
+readers work in float32.
 """
 
 from __future__ import annotations

@@ -137,7 +137,8 @@ def run(
 ) -> dict[str, Any]:
     """Train in `folder` until `config.steps`, SIGINT or SIGTERM; returns the facts of the run.
 
-    data: folder of the corpus (default: the checkpoint's while it is there, else `folder`/data); stop(step): a further reason to stop after a step.
+    data: folder of the corpus (default: the checkpoint's while it is there, else `folder`/data);
+    stop(step): a further reason to stop after a step.
     Raises CheckpointError for a checkpoint of another tokenizer or shape.
     """
     start = start or Start()
