@@ -17,7 +17,7 @@ from gnomon.evaluation.calibration_fit import (
     fit_domain,
     fit_operating,
     fit_plan_threshold,
-    fit_temperature,
+    fit_scale,
 )
 from gnomon.metacognition.calibration import clip_tokens, sigmoid
 
@@ -48,15 +48,23 @@ def uncapped(n: int, name: str, spread: float = 0.3) -> Uncapped:
     )
 
 
+@pytest.mark.parametrize("shift", [-1.0, 0.0, 1.5])
 @pytest.mark.parametrize("truth", [0.4, 1.0, 3.0])
-def test_temperature_is_recovered(truth: float) -> None:
-    g = numpy_generator("temperature", truth)
+def test_temperature_and_shift_are_recovered(truth: float, shift: float) -> None:
+    g = numpy_generator("temperature", truth, shift)
     z = 2.0 * g.normal(size=20000)
-    right = g.random(20000) < sigmoid(z)
-    assert fit_temperature(z * truth, right) == pytest.approx(truth, rel=0.05)
+    right = g.random(20000) < sigmoid(z + shift)
+    temperature, found = fit_scale(z * truth, right)
+    assert temperature == pytest.approx(truth, rel=0.05)
+    assert found == pytest.approx(shift, abs=0.06)
     assert metrics.auroc(sigmoid(z), right) == pytest.approx(metrics.auroc(sigmoid(z * truth), right), abs=1e-6)
+
+
+def test_scale_of_rows_of_one_kind_stays_finite() -> None:
+    temperature, shift = fit_scale(np.linspace(0, 4, 50), np.ones(50))
+    assert 0.05 <= temperature <= 20 and 0 < shift < 12
     with pytest.raises(DataError):
-        fit_temperature(np.array([]), np.array([]))
+        fit_scale(np.array([]), np.array([]))
 
 
 def test_conformal_coverage_is_within_binomial_bounds() -> None:

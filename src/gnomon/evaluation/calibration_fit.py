@@ -24,6 +24,7 @@ from gnomon.metacognition.calibration import (
     Domain,
     Fitted,
     Quality,
+    Shifts,
     Temperatures,
     clip_tokens,
     first_reaching,
@@ -78,14 +79,30 @@ class Uncapped:
 CutDecode = Callable[[Ints, Sequence[str], Ints], tuple[Bools, Floats]]
 
 
-def fit_temperature(logits: Floats, correct: Bools | Floats) -> float:
-    """The divisor that minimises the log loss; golden section on its logarithm in [1/20, 20]. Raises on no rows."""
+def fit_scale(logits: Floats, correct: Bools | Floats) -> tuple[float, float]:
+    """(temperature, shift) that minimise the log loss of sigmoid(logit / temperature + shift), Platt (1999).
+
+    Golden section on the logarithm of the temperature in [1/20, 20], the best shift at each by Newton's method. One
+    pseudo-row of either outcome keeps the shift finite. Raises DataError on no rows.
+    """
     x, y = np.asarray(logits, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if not len(x):
         raise DataError("a temperature needs at least one row")
+    x, y = np.append(x, [x.mean(), x.mean()]), np.append(y, [0.0, 1.0])
+
+    def shift(z: Floats) -> float:
+        b = 0.0
+        for _ in range(50):
+            p = sigmoid(z + b)
+            step = float((y - p).sum() / max(float((p * (1 - p)).sum()), 1e-9))
+            b += min(max(step, -2.0), 2.0)
+            if abs(step) < 1e-10:
+                break
+        return b
 
     def loss(log_t: float) -> float:
         z = x / math.exp(log_t)
+        z = z + shift(z)
         return float(np.mean(np.logaddexp(0.0, z) - y * z))
 
     lo, hi, ratio = -math.log(20.0), math.log(20.0), (math.sqrt(5.0) - 1.0) / 2.0
@@ -100,7 +117,8 @@ def fit_temperature(logits: Floats, correct: Bools | Floats) -> float:
             lo, a, fa = a, b, fb
             b = lo + ratio * (hi - lo)
             fb = loss(b)
-    return math.exp((lo + hi) / 2.0)
+    found = math.exp((lo + hi) / 2.0)
+    return found, shift(x / found)
 
 
 def conformal_offset(raw: Floats, used: Ints, level: float) -> float:
@@ -262,7 +280,7 @@ def fit_card(
     fit_raw, fit_used = _needs(data, plan)
     tested = conformal_offset(fit_raw, fit_used, 0.90)
     before = data.at(plan)(data.conf_before)
-    t_before, t_after = fit_temperature(before, point.correct), fit_temperature(point.conf_after, point.correct)
+    (t_before, b_before), (t_after, b_after) = (fit_scale(x, point.correct) for x in (before, point.conf_after))
     chosen = {data.plans[k]: int((plan == k).sum()) for k in range(len(data.plans))}
     fitted = [p for p, n in chosen.items() if n >= min_plan_rows] or [p for p, n in chosen.items() if n]
     states = data.state.reshape(-1, data.state.shape[-1])
@@ -272,6 +290,7 @@ def fit_card(
         cost_order=tuple(cost_order),
         plan_threshold=tau,
         temperature=Temperatures(before=t_before, after=t_after),
+        shift=Shifts(before=b_before, after=b_after),
         budget_clip=BudgetClip(tested_offset=tested, level=point.level, operating_offset=point.offset, n=len(fit_used)),
         domain=fit_domain(states, _groups(data), data.layer),
         fitted_plans=tuple(fitted),
@@ -280,8 +299,8 @@ def fit_card(
             dataset=dataset,
             stream=stream,
             n=len(plan),
-            before=quality(sigmoid(before / t_before), point.correct),
-            after=quality(sigmoid(point.conf_after / t_after), point.correct),
+            before=quality(sigmoid(before / t_before + b_before), point.correct),
+            after=quality(sigmoid(point.conf_after / t_after + b_after), point.correct),
         ),
     )
     report = _report(data, plan, point, chosen) | {

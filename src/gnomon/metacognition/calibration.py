@@ -35,6 +35,13 @@ class Temperatures(_Frozen):
     after: float = Field(gt=0.0)
 
 
+class Shifts(_Frozen):
+    """What is added to the divided logits (Platt scaling): chosen plans are right more often than sampled ones."""
+
+    before: float = 0.0
+    after: float = 0.0
+
+
 class BudgetClip(_Frozen):
     """Additive offsets in log1p(tokens) on the predicted budget.
 
@@ -107,6 +114,7 @@ class Card(_Frozen):
     cost_order: tuple[str, ...]
     plan_threshold: float = Field(gt=0.0, le=1.0)
     temperature: Temperatures
+    shift: Shifts = Shifts()
     budget_clip: BudgetClip
     domain: Domain | None = None
     fitted_plans: tuple[str, ...] = Field(min_length=1)
@@ -166,8 +174,8 @@ class Card(_Frozen):
     # ---- application: the only place where the card's numbers meet the heads' outputs ----
 
     def confidence(self, raw: Floats, place: Literal["before", "after"]) -> Floats:
-        """Raw logits [N] -> probabilities [N]; the temperature of that place, applied once."""
-        return sigmoid(np.asarray(raw, dtype=np.float64) / getattr(self.temperature, place))
+        """Raw logits [N] -> probabilities [N]; temperature and shift of that place, applied once."""
+        return sigmoid(np.asarray(raw, dtype=np.float64) / getattr(self.temperature, place) + getattr(self.shift, place))
 
     def choose_plan(self, probs: Floats) -> NDArray[np.int64]:
         """Probabilities [N, K] (order of `plans`) -> index [N] of the first in cost order reaching the threshold."""

@@ -51,7 +51,7 @@ class MetacogRunConfig(Config):
     max_batch: int = Field(default=64, ge=1)
     with_sweep: bool = True
     plan_tolerance: float = Field(
-        default=0.02, ge=0, lt=1, description="accuracy that the plan threshold may give up for cheaper plans"
+        default=0.01, ge=0, lt=1, description="accuracy that the plan threshold may give up for cheaper plans"
     )
     labels: str | None = Field(default=None, description="a folder of labels from an earlier run with this base")
     heads: HeadsConfig = HeadsConfig()

@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--made", type=Path, help="JSON object with lines for 'How it was made'")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    for name, default in (("label-n", 2000), ("calibration-n", 1200), ("val-n", 650), ("test-n", 1300)):
+    for name, default in (("label-n", 5600), ("calibration-n", 2000), ("val-n", 650), ("test-n", 4000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args(arguments)
     made = json.loads(given.made.read_text(encoding="utf-8")) if given.made else {}

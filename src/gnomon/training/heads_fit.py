@@ -39,14 +39,14 @@ class HeadsConfig(BaseModel):
     layers: tuple[int, ...] | None = None
     experts_per_layer: int = Field(default=1, ge=1)
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
-    steps: int = Field(default=800, ge=1)
-    batch: int = Field(default=128, ge=2)
+    steps: int = Field(default=1600, ge=1)
+    batch: int = Field(default=256, ge=2)
     lr: float = Field(default=2e-3, gt=0.0)
     weight_decay: float = Field(default=0.02, ge=0.0)
     warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
     inner_val: float = Field(default=0.15, gt=0.0, lt=0.9)
     eval_every: int = Field(default=40, ge=1)
-    patience: int = Field(default=6, ge=1)
+    patience: int = Field(default=10, ge=1)
     plan_smoothing: float = Field(default=0.05, ge=0.0, lt=1.0)
     weights: LossWeights = LossWeights()
 
