@@ -213,7 +213,7 @@ def test_every_parameter_has_one_optimiser(streams: int, projection: str) -> Non
     held = [names[id(p)] for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(names.values())
     mine = [names[id(p)] for g in muon.param_groups for p in g["params"]]
-    assert len(mine) == 2 * 4 and not [n for n in mine if "hyper" in n or "embed" in n]
+    assert len(mine) == 2 * 4 + 1 and not [n for n in mine if "hyper" in n or "embed" in n]
     rates = {names[id(p)].split(".")[0 if "hyper" not in names[id(p)] else 2]: g["lr"]
              for g in adamw.param_groups for p in g["params"]}  # fmt: skip
     wanted = {"embed": config.embed_lr, "unembed": config.unembed_lr, "hyper": config.hyper_lr}

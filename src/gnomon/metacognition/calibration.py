@@ -175,7 +175,8 @@ class Card(_Frozen):
 
     def confidence(self, raw: Floats, place: Literal["before", "after"]) -> Floats:
         """Raw logits [N] -> probabilities [N]; temperature and shift of that place, applied once."""
-        return sigmoid(np.asarray(raw, dtype=np.float64) / getattr(self.temperature, place) + getattr(self.shift, place))
+        logits = np.asarray(raw, dtype=np.float64)
+        return sigmoid(logits / getattr(self.temperature, place) + getattr(self.shift, place))
 
     def choose_plan(self, probs: Floats) -> NDArray[np.int64]:
         """Probabilities [N, K] (order of `plans`) -> index [N] of the first in cost order reaching the threshold."""

@@ -246,8 +246,11 @@ def _gauges(heads: MetacogHeads, data: _Set) -> dict[str, Any]:
 
 
 def domain_layer(heads: MetacogHeads) -> int:
-    """The block whose state at the think tag tells home from abroad: the middle one."""
-    return heads.config.n_layers // 2
+    """The block whose state at the think tag tells home from abroad: one in the first half (docs/log.md).
+
+    Later states of a well-trained base forget what is foreign about a prompt.
+    """
+    return heads.config.n_layers // 3
 
 
 @torch.no_grad()
