@@ -214,9 +214,12 @@ def test_every_parameter_has_one_optimiser(streams: int, projection: str) -> Non
     assert sorted(held) == sorted(names.values())
     mine = [names[id(p)] for g in muon.param_groups for p in g["params"]]
     assert len(mine) == 2 * 4 + 1 and not [n for n in mine if "hyper" in n or "embed" in n]
-    rates = {names[id(p)].split(".")[0 if "hyper" not in names[id(p)] else 2]: g["lr"]
-             for g in adamw.param_groups for p in g["params"]}  # fmt: skip
-    wanted = {"embed": config.embed_lr, "unembed": config.unembed_lr, "hyper": config.hyper_lr}
+
+    def kind(name: str) -> str:
+        return next(k for k in ("hyper", "gain", "unembed", "embed") if k in name)
+
+    rates = {kind(names[id(p)]): g["lr"] for g in adamw.param_groups for p in g["params"]}
+    wanted = {"embed": config.embed_lr, "unembed": config.unembed_lr, "gain": config.hyper_lr, "hyper": config.hyper_lr}
     assert rates == {k: v for k, v in wanted.items() if k != "hyper" or streams > 1}
     assert all(g["weight_decay"] == 0 for g in (*muon.param_groups, *adamw.param_groups))
 
