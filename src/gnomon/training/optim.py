@@ -52,6 +52,7 @@ def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
         elif "embed" in name:
             rest["embed"].append(parameter)
         else:
+            assert parameter.ndim == 2, f"{name} is not a matrix; give it to AdamW"
             matrices.append(parameter)
     rates = {"embed": config.embed_lr, "unembed": config.unembed_lr, "hyper": config.hyper_lr}
     groups = [{"params": params, "lr": rates[kind]} for kind, params in rest.items() if params]
