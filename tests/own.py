@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,19 @@ from gnomon.protocol.layout import Layout
 from gnomon.protocol.tags import STRATEGIES
 from gnomon.reasoner import shipped
 from gnomon.tasks.procedural import family, problems
+
+
+@dataclass
+class Said:
+    """What a stand-in for the metacognitive layer decides, at every site."""
+
+    plan: str = "steps"
+    probs: Any = None
+    predicted: float = 0.0
+    clipped: int = 0
+    confidence: float | None = 0.5
+    calibrated: bool = True
+    raw: float = 0.0
 
 
 def tokenizer() -> Tokenizer:

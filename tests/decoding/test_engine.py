@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tests.decoding.tiny import ATOMIC, TEXT, Expected, Tiny, oracle
+from tests.own import Said
 from torch import Tensor
 
 from gnomon.base import seeds
@@ -183,17 +184,6 @@ def test_cancel_stops_one_request_and_says_user() -> None:
     assert (a.stop, a.finish, a.used, a.answer_tokens) == ("user", "user", 1, 0)
     assert b.used == 10 and b.ids == engine.run(asked)[1].ids
     assert tuple(c.token for c in seen if c.id == "b") == b.ids
-
-
-@dataclass
-class Said:
-    plan: str = "steps"
-    probs: Any = None
-    predicted: float = 0.0
-    clipped: int = 0
-    confidence: float | None = 0.5
-    calibrated: bool = True
-    raw: float = 0.0
 
 
 class Heads:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from tests import own
+from tests.own import Said
 from torch import Tensor
 
 from gnomon.base import seeds
@@ -23,17 +24,6 @@ from gnomon.protocol.tags import STRATEGIES
 from gnomon.protocol.trace import Request, Trace
 
 CONTEXT = 144
-
-
-@dataclass
-class Said:
-    plan: str = "steps"
-    probs: dict[str, float] | None = None
-    predicted: float = 0.0
-    clipped: int = 0
-    confidence: float | None = 0.5
-    calibrated: bool = True
-    raw: float = 0.0
 
 
 class Guesses:
