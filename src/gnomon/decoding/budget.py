@@ -14,19 +14,19 @@ Counting (budget-rules.md, decisions.md §5)
     The held tokens then belong to the tag, so such a cut may show fewer than B used, never more.
   * A start tag inside an open block is an ordinary, counted token. An end-of-sequence token inside a block closes the
     block (the end tag is forced in its place) with cause `natural`: the model had finished of its own accord.
+  * The cap only falls. The one exception is `grant`: once per request, bounded, never above request or limit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from gnomon.base.errors import BudgetError, TagError
+from gnomon.base.errors import BudgetError
+from gnomon.decoding.budget_config import BudgetConfig, check_budget
 from gnomon.protocol.match import matcher
 from gnomon.protocol.tags import StopCause
 
 Phase = Literal["idle", "counting", "slack", "forcing", "closed"]
-Scope = Literal["block", "turn", "tool_loop", "session"]
 Origin = Literal["sampled", "prefilled", "forced", "tool"]
 SoftCause = Literal["slack", "confidence", "loop", "user"]
 
@@ -47,70 +47,7 @@ class Mark(NamedTuple):
     forced: int
     blocks: int
     cause: StopCause | None
-    inner: tuple[int, int, int, int, int, tuple[int, ...], StopCause | None]
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetConfig:
-    """The rule for one request.
-
-    think, end: ids of the start and end tag (one or several tokens). end_also: other spellings that close as well.
-    budget: hard cap in think tokens (None: no cap asked). limit: what the context leaves; reaching it is `limit`.
-    scope: what the budget covers. transition: ids forced before the end tag at a cut. lead: ids that a template adds
-    behind the start tag. eos: ids that end the sequence.
-    Raises BudgetError / TagError on values that cannot be kept.
-    """
-
-    think: tuple[int, ...]
-    end: tuple[int, ...]
-    budget: int | None = None
-    limit: int | None = None
-    scope: Scope = "turn"
-    transition: tuple[int, ...] = ()
-    lead: tuple[int, ...] = ()
-    eos: tuple[int, ...] = ()
-    end_also: tuple[tuple[int, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
-        check_budget(self.limit)
-        if self.scope not in get_args(Scope):
-            raise BudgetError(f"unknown budget scope {self.scope!r}; write one of {', '.join(get_args(Scope))}")
-        if not self.think or not self.end:
-            raise TagError(f"start and end tag need at least one token; given {self.think!r} and {self.end!r}")
-        if self.think == self.end:
-            raise TagError(f"start and end tag are the same ids {self.think!r}; a block could never be closed")
-        rule, state = matcher(self.end, *self.end_also), 0
-        for token in self.transition + self.end[:-1]:
-            state = rule.step(state, token)
-            if rule.hit[state] is not None:
-                raise TagError(
-                    f"the transition {self.transition!r} already contains the end tag {self.end!r}; "
-                    "leave the tag out, it is appended"
-                )
-
-    @property
-    def cap(self) -> int | None:
-        """The binding number of think tokens, None when there is none."""
-        both = [n for n in (self.budget, self.limit) if n is not None]
-        return min(both) if both else None
-
-    @property
-    def cap_cause(self) -> StopCause:
-        """What a close at the cap is called: `hard`, or `limit` where only the context ends the block."""
-        if self.budget is None:
-            return "limit"
-        return "hard" if self.limit is None or self.budget <= self.limit else "limit"
-
-
-def check_budget(budget: object) -> None:
-    """Refuse what is not None or a whole number ≥ 0."""
-    if budget is None:
-        return
-    if isinstance(budget, bool) or not isinstance(budget, int):
-        raise BudgetError(f"a budget is a whole number of think tokens or none; given {budget!r}")
-    if budget < 0:
-        raise BudgetError(f"a budget cannot be negative; given {budget}. Write 0 to answer without thinking.")
+    inner: tuple[Any, ...]
 
 
 class BudgetState:
@@ -121,8 +58,9 @@ class BudgetState:
     """
 
     __slots__ = (
-        "_after_cause", "_at", "_end", "_end_rule", "_from", "_lead", "_queue", "_start", "_start_rule",
-        "blocks", "cap", "cap_cause", "cause", "config", "forced", "phase", "tag_length", "total", "used",
+        "_after_cause", "_at", "_end", "_end_rule", "_from", "_lead", "_lean", "_lean_age", "_queue", "_start",
+        "_start_rule", "blocks", "cap", "cap_cause", "cause", "config", "forced", "granted", "phase", "tag_length",
+        "total", "used",
     )  # fmt: skip
 
     def __init__(self, config: BudgetConfig) -> None:
@@ -136,6 +74,7 @@ class BudgetState:
         self.blocks = 0
         self.cause: StopCause | None = None
         self.tag_length = 0  # of the end tag that closed the last block
+        self.granted = 0  # think tokens that an extra grant has added to the cap
         self._end_rule = matcher(config.end, *config.end_also)
         self._start_rule = matcher(config.think)
         self._end = 0  # matcher states
@@ -145,6 +84,8 @@ class BudgetState:
         self._queue: tuple[int, ...] = ()
         self._at = 0
         self._after_cause: StopCause | None = None
+        self._lean: SoftCause | None = None  # a soft rule brought a token about that may belong to an end tag
+        self._lean_age = 0  # tokens since then, that one included
 
     # -- reading ------------------------------------------------------------------------------------------------
     @property
@@ -156,6 +97,11 @@ class BudgetState:
     def held(self) -> int:
         """Tokens of a begun end tag, not yet counted."""
         return self._end_rule.depth[self._end] if self.phase in ("counting", "slack") else 0
+
+    @property
+    def tag_next(self) -> int:
+        """The id that begins the end tag here, or continues the one that the model has begun."""
+        return self._end_rule.rest[self._end][0]  # type: ignore[return-value]
 
     @property
     def left(self) -> int | None:
@@ -238,6 +184,37 @@ class BudgetState:
             self.phase = "slack"
         return True
 
+    def lean(self, cause: SoftCause = "slack") -> None:
+        """The next token is `tag_next`, and a soft rule brought it about: the model alone would have written another.
+
+        Say so before `advance`. If that token ends up in the tag that closes the block, the close has this cause and
+        not `natural`; if the model leaves the tag again, nothing is kept of it.
+        """
+        if self.phase == "counting" or self.phase == "slack":
+            self._lean, self._lean_age = cause, 0
+
+    def grant(self, extra: int, ceiling: int) -> bool:
+        """The one way up (decisions.md §4): raise a predicted cap by at most `extra` tokens, at most to `ceiling`.
+
+        Once per request, inside a block that is not being closed, never above what was asked for or the limit, and
+        not where the guard against loops, a slack rule or the user set the cap. Returns whether the cap rose.
+        """
+        check_budget(extra)
+        check_budget(ceiling)
+        config = self.config
+        free = self.phase in ("counting", "slack") and self.cap_cause in ("hard", "confidence")
+        if self.cap is None or config.predicted is None or self.granted or not free:
+            return False
+        bounds = [n for n in (config.budget, config.limit) if n is not None]
+        raised = min([self.cap + extra, ceiling, *bounds])
+        if raised <= self.cap:
+            return False
+        self.granted, self.cap = raised - self.cap, raised
+        if raised in bounds:
+            self.cap_cause = "hard" if raised == config.budget else "limit"
+            self.phase = "counting"
+        return True
+
     def cancel(self) -> None:
         """The user left: no token follows, cause `user`."""
         self.phase, self.cause = "closed", "user"
@@ -252,12 +229,10 @@ class BudgetState:
         """A new assistant turn in the same conversation. Scope `session` keeps what was used; `tool_loop` keeps it
         while turns are joined by tool results."""
         keep = self.config.scope == "session" or (self.config.scope == "tool_loop" and tool_result)
-        used = self.used if keep else 0
-        cap, cause = self.cap, self.cap_cause
+        kept = self.used, self.cap, self.cap_cause, self.granted
         self.__init__(self.config)  # type: ignore[misc]
-        self.used = used
         if keep:
-            self.cap, self.cap_cause = cap, cause
+            self.used, self.cap, self.cap_cause, self.granted = kept
 
     # -- clone and rewind ---------------------------------------------------------------------------------------
     def clone(self) -> BudgetState:
@@ -269,13 +244,15 @@ class BudgetState:
 
     def mark(self) -> Mark:
         """The present point, for `rewind`."""
-        inner = (self._end, self._start, self._from, self._lead, self._at, self._queue, self._after_cause)
+        matched = (self._end, self._start, self._from, self._lead, self._lean, self._lean_age)
+        inner = (matched, self._at, self._queue, self._after_cause)
         return Mark(self.phase, self.used, self.total, self.forced, self.blocks, self.cause, inner)
 
     def rewind(self, mark: Mark) -> None:
-        """Back to `mark`. The cap stays as low as it has become: within a request it only falls."""
+        """Back to `mark`. The cap stays as low as it has become, and a grant is not given twice."""
         self.phase, self.used, self.total, self.forced, self.blocks, self.cause, inner = mark
-        self._end, self._start, self._from, self._lead, self._at, self._queue, self._after_cause = inner
+        matched, self._at, self._queue, self._after_cause = inner
+        self._end, self._start, self._from, self._lead, self._lean, self._lean_age = matched
 
     # -- inside -------------------------------------------------------------------------------------------------
     def _must_close(self) -> bool:
@@ -320,7 +297,7 @@ class BudgetState:
             if self.cap is not None and self.used + held > self.cap:
                 raise BudgetError("a tool result cannot be inserted into an end tag that the model has begun")
             self._count(held)
-            self._end = 0
+            self._end, self._lean = 0, None
             self.forced += 1
             return
         lead = self.config.lead[self._lead : self._lead + 1]
@@ -330,15 +307,20 @@ class BudgetState:
         self._lead = len(self.config.lead)
         state = rule.step(self._end, token)
         hit = rule.hit[state]
-        fresh = held + 1 - (rule.depth[state] if hit is None else hit[1])
+        kept = rule.depth[state] if hit is None else hit[1]
+        fresh = held + 1 - kept
         if origin == "forced":
             self.forced += 1
             fresh = max(0, fresh - 1)
         self._count(fresh)
         self._end = state
+        if self._lean is not None:
+            self._lean_age += 1
+            if self._lean_age > kept:  # the model has left the tag that the rule began
+                self._lean = None
         if hit is not None:
             self.tag_length = hit[1]
-            self._close("natural")
+            self._close(self._lean or "natural")
 
     def _count(self, n: int) -> None:
         self.used += n
@@ -354,7 +336,7 @@ class BudgetState:
 
     def _close(self, cause: StopCause | None) -> None:
         self.phase, self.cause = "closed", cause
-        self._queue, self._at, self._end, self._start = (), 0, 0, 0
+        self._queue, self._at, self._end, self._start, self._lean = (), 0, 0, 0, None
 
     def _open_tail(self, ids: tuple[int, ...] | list[int]) -> int:
         """Where the unclosed block at the end of `ids` begins, len(ids) when there is none."""
