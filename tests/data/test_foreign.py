@@ -113,6 +113,18 @@ def test_a_vocabulary_that_holds_the_special_string_as_a_piece_is_split_inside_i
     assert codec.tokenizer.convert_ids_to_tokens(ids) == ["a", *"</s>", "b"]
 
 
+def test_a_cut_inside_a_character_shows_no_substitute_and_swallows_no_tag(codec: TextCodec) -> None:
+    text = "so \u6570 \U0001f9ee"
+    ids = codec.encode_text(text)
+    assert len(ids) > len(text)
+    for cut in range(len(ids) + 1):
+        assert text.startswith(codec.decode(ids[:cut]))
+        (node,) = codec.think_graph([*ids[:cut]], truncated=True).nodes or (Node("S", ""),)
+        assert text.startswith(node.text)
+        whole = shown(codec, [*ids[:cut], *codec.layout.transition, *codec.layout.end_think])
+        assert whole.endswith("\n" + tags.END_THINK)
+
+
 def test_tags_are_several_tokens_and_the_vocabulary_is_untouched() -> None:
     tokenizer = tiny()
     before = tokenizer.get_vocab()

@@ -46,6 +46,30 @@ def test_tag_strings_stay_text(parts: list[str]) -> None:
     assert tok.decode(ids) == text
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(min_codepoint=0x80, codec="utf-8"), min_size=1, max_size=8), st.data())
+def test_a_cut_inside_a_character_shows_neither_a_substitute_nor_a_swallowed_tag(
+    text: str, data: st.DataObject
+) -> None:
+    """Unknown characters are spelt in bytes, and a budget may end between them."""
+    tok = LOADED["tok"]
+    ids = tok.encode(text)
+    cut = data.draw(st.integers(0, len(ids)))
+    shown = tok.decode(ids[:cut])
+    assert text.startswith(shown)
+    assert tok.decode([*ids[:cut], tok.end_think, *ids]) == f"{shown}{tags.END_THINK}{text}"
+
+
+def test_only_the_unfinished_character_is_dropped(tok: Tokenizer) -> None:
+    smile = tok.encode("\U0001f642")
+    assert len(smile) == 4  # bytes
+    assert [tok.decode([*tok.encode("ab"), *smile[:n]]) for n in range(5)] == ["ab"] * 4 + ["ab\U0001f642"]
+    assert tok.decode(tok.encode("a\ufffd")) == "a\ufffd"  # a genuine one
+    assert tok.decode([*smile[:2], *tok.encode("x")]).endswith("x")  # a broken one inside stays visible
+    assert "\ufffd" in tok.decode([*smile[:2], *tok.encode("x")])
+    assert tok.decode([smile[1], smile[1]]) == "\ufffd\ufffd"  # never the beginning of a character
+
+
 @pytest.mark.parametrize("tag", EVERY_TAG)
 def test_every_tag_is_one_id_and_is_shown(tok: Tokenizer, tag: str) -> None:
     ident = {name: i for i, name in tok.control.items()}[tag]

@@ -158,7 +158,9 @@ class TextCodec:
         return [int(i) for i in self._backend.encode(text, add_special_tokens=False).ids]
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """Text of ids without special tokens. A character that the end of `ids` cuts (a budget can) is left out."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).rstrip("\ufffd")
 
     def _part(self, part: str | Example) -> list[int]:
         if isinstance(part, str):

@@ -6,6 +6,7 @@ encoded as ordinary pieces and opens nothing (decisions.md §2). Tags are insert
 
 from __future__ import annotations
 
+import codecs
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,9 @@ class Tokenizer:
         self.model = model
         self._sp = spm.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._sp.get_piece_size()
-        self._mark = [int(self._sp.piece_to_id(f"<0x{byte:02X}>")) for byte in _SPACE_MARK.encode()]
+        raw = [int(self._sp.piece_to_id(f"<0x{byte:02X}>")) for byte in range(256)]
+        self._byte = {ident: byte for byte, ident in enumerate(raw) if self._sp.is_byte(ident)}
+        self._mark = [raw[byte] for byte in _SPACE_MARK.encode()]
         self.pad, self.bos, self.eos = self._id(tags.PAD), self._id(tags.BOS), self._id(tags.EOS)
         self.think, self.end_think = self._id(tags.THINK), self._id(tags.END_THINK)
         self.answer, self.end_answer = self._id(tags.ANSWER), self._id(tags.END_ANSWER)
@@ -55,18 +58,33 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; control ids appear as their tags."""
+        """Text of ids; control ids appear as their tags.
+
+        A character whose bytes are cut off at the end or by a tag (a budget can do that) is left out, not shown as
+        U+FFFD; bytes that are none in the middle of text are shown so.
+        """
         parts: list[str] = []
         run: list[int] = []
         for ident in ids:
             if ident in self.control:
-                parts.append(self._sp.decode(run))
+                parts.append(self._whole(run))
                 parts.append(self.control[ident])
                 run = []
             else:
                 run.append(int(ident))
-        parts.append(self._sp.decode(run))
+        parts.append(self._whole(run))
         return "".join(parts)
+
+    def _whole(self, run: list[int]) -> str:
+        """Text of ids without a tag, an unfinished character at the end dropped."""
+        at = len(run)
+        while at and run[at - 1] in self._byte:
+            at -= 1
+        if at == len(run):
+            return str(self._sp.decode(run))
+        reader = codecs.getincrementaldecoder("utf-8")("replace")
+        reader.decode(bytes(self._byte[i] for i in run[at:]))
+        return str(self._sp.decode(run[: len(run) - len(reader.getstate()[0])]))
 
     def piece(self, ident: int) -> str:
         """The surface of one id, for inspection."""
