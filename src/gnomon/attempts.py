@@ -103,20 +103,12 @@ def prompt_logprobs(reasoner: Reasoner, problems: Sequence[Problem], most: int =
     longest = max((len(ids) for ids in encoded), default=1)
     chunk = min(32, max(1, most // (longest * reasoner.backbone.vocab_size)))
     for start in range(0, len(order), chunk):
-        rows = order[start : start + chunk]
-        width = max(len(encoded[i]) for i in rows)
-        ids = torch.full((len(rows), width), reasoner.codec.layout.pad)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for r, i in enumerate(rows):
-            ids[r, width - len(encoded[i]) :] = torch.tensor(encoded[i])
-            mask[r, width - len(encoded[i]) :] = True
-        cache = reasoner.backbone.new_cache(len(rows), width)
-        out = reasoner.backbone.step(ids, mask, cache, logits="all")
+        rows = [encoded[i] for i in order[start : start + chunk]]
+        cache = reasoner.backbone.new_cache(len(rows), max(map(len, rows)))
+        out = reasoner.backbone.extend(cache, rows, logits="all")
         assert out.logits is not None
-        logits = out.logits[:, :-1]
-        scores = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
-        real = mask[:, :-1]
-        means = (scores * real).sum(-1) / real.sum(-1).clamp_min(1)
-        for r, i in enumerate(rows):
-            values[i] = float(means[r])
+        for i, ids, logits in zip(order[start:], rows, out.logits.split([len(ids) for ids in rows]), strict=False):
+            following = torch.tensor(ids[1:], device=logits.device)
+            scores = logits[:-1].gather(-1, following[:, None])[:, 0] - logits[:-1].logsumexp(-1)
+            values[i] = float(scores.mean()) if len(ids) > 1 else 0.0
     return values

@@ -21,6 +21,7 @@ from gnomon.metacognition import store
 from gnomon.metacognition.decide import Decider, combine
 from gnomon.model.backbone import Backbone, OwnBackbone
 from gnomon.model.folder import CONFIG, MODEL_TYPE, load_decoder
+from gnomon.model.native.bind import own_backbone
 from gnomon.protocol.graph import Graph, to_text
 from gnomon.protocol.trace import Request, Trace
 
@@ -141,17 +142,14 @@ class Reasoner:
         """Plan, budget and confidence for a prompt without generating (`ask --no-decode`)."""
         if self.decider is None:
             raise ModelError(f"{self.name} has no metacognitive layer; train one with `gnomon train metacog`")
-        prompt = torch.tensor([self.codec.encode_prompt(text)])
-        mask = torch.ones_like(prompt, dtype=torch.bool)
+        prompt = self.codec.encode_prompt(text)
         layout = self.codec.layout
-        longest = max(len(ids) for ids in layout.plans.values()) + len(layout.think)
-        cache = self.backbone.new_cache(1, prompt.shape[1] + longest)
-        out = self.backbone.step(prompt, mask, cache, logits="none", want_taps=True)
+        cache = self.backbone.new_cache(1, len(prompt) + layout.overhead)
+        out = self.backbone.extend(cache, [prompt], logits="none", taps=True)
         assert out.taps is not None
         plan = self.decider.plan(out.taps)[0]
-        tags = torch.tensor([[*layout.plan_ids(plan.plan), *layout.think]])
-        mask = torch.cat([mask, torch.ones_like(tags, dtype=torch.bool)], dim=1)
-        out = self.backbone.step(tags, mask, out.cache, logits="none", want_taps=True)
+        tags = (*layout.plan_ids(plan.plan), *layout.think)
+        out = self.backbone.extend(cache, [tags], logits="none", taps=True)
         assert out.taps is not None
         decision = combine(plan, self.decider.budget(out.taps, [plan.plan])[0])
         return {
@@ -234,7 +232,7 @@ def _own(folder: Path) -> bool:
 
 def _base(folder: Path, device: str) -> tuple[Backbone, Codec]:
     if _own(folder):
-        return OwnBackbone(load_decoder(folder).to(device)), OwnCodec(Tokenizer.load(folder))
+        return own_backbone(load_decoder(folder).to(device)), OwnCodec(Tokenizer.load(folder))
     from gnomon.data.foreign import TextCodec
     from gnomon.model.load import load_backbone
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tests.decoding.tiny import ATOMIC, TEXT, Expected, Tiny, oracle
 from tests.own import Said
 from torch import Tensor
 
 from gnomon.base import seeds
 from gnomon.base.errors import BudgetError, ConfigError, GnomonError, UnknownNameError
-from gnomon.decoding.engine import Engine, left_pad
+from gnomon.decoding.engine import Engine
+from gnomon.decoding.session import Session
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.trace import Chunk, Request, Trace
 
@@ -137,12 +137,9 @@ def test_empty_plans_close_at_once_without_being_cut() -> None:
 
 def test_equal_prompts_share_the_prefill_and_samples_differ() -> None:
     backbone = Tiny("share", lean=LEAN)
-    widths: list[int] = []
-    plain = backbone.step
-    backbone.step = lambda ids, *a, **k: (widths.append(ids.shape[0]), plain(ids, *a, **k))[1]  # type: ignore[method-assign]
     request = Request("r", (20, 21, 22), plan="steps", budget=20, temperature=1.2, n=6)
     traces = Engine(backbone, ATOMIC).run([request, replace(request, id="s", n=2)])
-    assert widths[:2] == [1, 8]
+    assert backbone.widths[:2] == [1, 8]
     assert [(t.id, t.sample) for t in traces] == [("r", i) for i in range(6)] + [("s", 0), ("s", 1)]
     assert len({t.ids for t in traces}) > 3
     again = Engine(Tiny("share", lean=LEAN), ATOMIC, max_batch=3).run([request])
@@ -246,8 +243,8 @@ def test_taps_are_read_at_the_last_prompt_token_the_think_tag_and_the_end_tag(
         tag = next(n for n in range(1, 4) if trace.answer_span[0] - n - len(layout.answer) == trace.think_span[1])
         ends = {"prompt": 0, "think": trace.think_span[0], "end": trace.think_span[1] + tag}
         for site, n in ends.items():
-            ids = torch.tensor([[*trace.prompt_ids, *trace.ids[:n]]])
-            want = backbone.step(ids, torch.ones_like(ids, dtype=torch.bool), backbone.new_cache(1, 0), want_taps=True)
+            ids = [*trace.prompt_ids, *trace.ids[:n]]
+            want = backbone.extend(backbone.new_cache(1, len(ids)), [ids], taps=True)
             assert trace.taps is not None and trace.taps[site].dtype == np.float32
             assert np.allclose(trace.taps[site], want.taps[0].numpy(), atol=1e-4), (trace.id, site)
 
@@ -270,8 +267,66 @@ def test_boundaries_are_recorded_with_the_tokens_used() -> None:
     assert places and [used for used, _ in trace.boundaries or []] == places
 
 
-def test_left_padding_is_asserted() -> None:
-    ids, mask = left_pad([[1, 2], [3]], 0, 3)
-    assert ids.tolist() == [[0, 1, 2], [0, 0, 3]] and mask.tolist() == [[False, True, True], [False, False, True]]
-    with pytest.raises(AssertionError, match="fit the width"):
-        left_pad([[1, 2]], 0, 1)
+class Late:
+    """A sink that submits waiting requests while others are decoded."""
+
+    def __init__(self, waiting: list[Request]) -> None:
+        self.waiting, self.tokens = waiting, 0
+        self.session: Session | None = None
+
+    def __call__(self, chunk: Chunk) -> None:
+        self.tokens += 1
+        if self.waiting and self.tokens % 7 == 0:
+            assert self.session is not None
+            self.session.submit(self.waiting.pop())
+
+
+@pytest.mark.parametrize(("layout", "lean"), CASES, ids=["atomic", "text"])
+def test_rows_that_join_between_steps_equal_the_rows_alone(layout: Layout, lean: dict[int, float]) -> None:
+    backbone = Tiny("join", lean=lean)
+    asked = requests(60, "join")
+    sink, found = Late(asked[3:]), dict[str, Trace]()
+    session = Engine(backbone, layout, max_batch=5).session(sink=sink, on_trace=lambda t: found.update({t.id: t}))
+    sink.session = session
+    for request in asked[:3]:
+        session.submit(request)
+    while session.step() or sink.waiting:
+        if not session.rows and sink.waiting:
+            session.submit(sink.waiting.pop())
+    assert session.cache is not None and len(found) == len(asked)
+    alone = Engine(backbone, layout, max_batch=1)
+    for request in asked:
+        (single,) = alone.run([request])
+        assert single.ids == found[request.id].ids and single.stop == found[request.id].stop
+        assert np.allclose(single.logprobs, found[request.id].logprobs, atol=1e-4)
+
+
+def test_short_rows_do_not_wait_for_long_ones() -> None:
+    backbone = Tiny("leave", lean={2: -30.0, 5: -30.0})
+    asked = [Request(str(i), (20, 21), plan="steps", budget=2 if i % 4 else 90, max_answer_tokens=1) for i in range(16)]
+    Engine(backbone, ATOMIC, max_batch=4).run(asked)
+    assert len(backbone.widths) < 150, "the four long ones run side by side; waves in order would need 4 x 90 steps"
+    order: list[str] = []
+    session = Engine(backbone, ATOMIC, max_batch=4).session(on_trace=lambda t: order.append(t.id))
+    for request in [asked[0], *(r for r in asked if r.budget == 2)]:
+        session.submit(request)
+    while session.step():
+        pass
+    assert order[-1] == "0", "every short one overtakes the long one that was there first"
+
+
+def test_cancelled_rows_that_wait_are_finished_without_decoding() -> None:
+    backbone = Tiny("cancel-wait", lean=LEAN)
+    found: list[Trace] = []
+    session = Engine(backbone, ATOMIC, max_batch=1).session(on_trace=found.append)
+    for name in "abc":
+        session.submit(Request(name, (20, 21), plan="steps", budget=3, max_answer_tokens=2))
+    session.cancel("b")
+    while session.step():
+        pass
+    assert [(t.id, t.finish, t.stop) for t in found if t.id == "b"] == [("b", "user", "user")]
+    assert {t.id for t in found} == set("abc") and all(t.used == 0 for t in found if t.id == "b")
+    session.submit(Request("b", (20, 21), plan="steps", budget=3, max_answer_tokens=2))
+    while session.step():
+        pass
+    assert found[-1].id == "b" and found[-1].finish != "user", "a name is free again once its request has gone"

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from tests.decoding.test_engine import CASES, LEAN, Heads, requests
 from tests.decoding.tiny import ATOMIC, Tiny
 
@@ -58,8 +57,7 @@ def test_states_are_read_at_the_think_tag_not_behind_the_prefix() -> None:
     backbone = Tiny("resume taps", lean=LEAN)
     request = Request("r", (20, 21, 22), plan="steps", budget=9, think_prefix=(25, 26))
     (trace,) = Engine(backbone, ATOMIC).run([request], record_taps=True)
-    ids = torch.tensor([[*request.prompt_ids, 7, 1]])
-    want = backbone.step(ids, torch.ones_like(ids, dtype=torch.bool), backbone.new_cache(1, 0), want_taps=True)
+    want = backbone.extend(backbone.new_cache(1, 5), [[*request.prompt_ids, 7, 1]], taps=True)
     assert trace.taps is not None and np.allclose(trace.taps["think"], want.taps[0].numpy(), atol=1e-4)
     assert trace.think_ids[:2] == (25, 26) and trace.used <= 9
 

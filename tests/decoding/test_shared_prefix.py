@@ -10,7 +10,8 @@ from tests.decoding.test_engine import CASES, requests
 from tests.decoding.tiny import Tiny
 
 from gnomon.base.seeds import seed_torch
-from gnomon.decoding.engine import Engine, common_prefix
+from gnomon.decoding.engine import Engine
+from gnomon.decoding.session import common_prefix
 from gnomon.model.backbone import OwnBackbone
 from gnomon.model.decoder import Decoder, DecoderConfig
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gnomon.base import seeds
 from gnomon.decoding.sampling import stream_key, uniforms
-from gnomon.model.backbone import BackboneOutput, attention_mask, check_left_padded, positions_of
+from gnomon.model.backbone import BackboneOutput, Tokens
+from gnomon.model.slots import TensorSlots, start_pass
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.trace import Request
 
@@ -26,15 +27,6 @@ TEXT = Layout(
     think=(12, 1), end_think=(12, 13, 2), answer=(12, 3), end_answer=(12, 13, 4), eos=(0,), pad=0,
     plans={"direct": (6, 14, 15), "steps": (7,)}, transition=(16, 17), end_think_also=((18, 13),),
 )  # fmt: skip
-
-
-class TinyCache:
-    def __init__(self) -> None:
-        self.length = 0
-        self.layers: list[tuple[Tensor, Tensor] | None] = [None, None]
-
-    def select(self, rows: Tensor) -> None:
-        self.layers = [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in self.layers]
 
 
 class Tiny:
@@ -56,32 +48,31 @@ class Tiny:
             self.bias[token] = value
         self.context, self.device = context, torch.device("cpu")
         self.steps = self.tapped = 0
+        self.widths: list[int] = []  # rows of every pass
 
-    def new_cache(self, batch: int, capacity: int) -> TinyCache:
-        return TinyCache()
+    def new_cache(self, slots: int, capacity: int) -> TensorSlots:
+        return TensorSlots(2, slots, self.heads, capacity, self.hidden_size // self.heads, self.embed)
 
-    def step(self, ids: Tensor, mask: Tensor, cache: Any, *, logits: str = "last", want_taps: bool = False) -> Any:
+    def extend(
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: str = "last", taps: bool = False
+    ) -> BackboneOutput:
         self.steps += 1
-        self.tapped += want_taps
-        b, t = ids.shape
-        assert mask.shape == (b, cache.length + t)
-        if cache.length == 0:
-            check_left_padded(mask)
-        assert int(mask.sum(1).max()) <= self.context, "more positions than the context holds"
-        x = self.embed[ids] + self.places[positions_of(mask, t)]
-        seen = attention_mask(mask, t)
-        taps = []
+        self.tapped += taps
+        self.widths.append(len(tokens))
+        run = start_pass(cache, tokens, first, len(tokens), self.context)
+        b, t = run.ids.shape
+        assert int((cache.lengths[first : first + b] + run.counts).max()) <= self.context
+        x = self.embed[run.ids] + self.places[run.places]
+        states = []
         for i in range(2):
             q, k, v = (z.view(b, t, self.heads, -1).transpose(1, 2) for z in (norm(x) @ self.qkv[i]).chunk(3, -1))
-            if cache.layers[i] is not None:
-                k, v = torch.cat((cache.layers[i][0], k), 2), torch.cat((cache.layers[i][1], v), 2)
-            cache.layers[i] = (k, v)
-            scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~seen, -torch.inf)
+            k, v = run.append(i, k, v)
+            scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~run.mask, -torch.inf)
             x = x + (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1) @ self.out[i]
-            taps.append(x[:, -1])
-        cache.length += t
-        scores = None if logits == "none" else norm(x[:, -1]) @ self.unembed + self.bias
-        return BackboneOutput(scores, torch.stack(taps, 1) if want_taps else None, cache)
+            states.append(x[torch.arange(b), run.last])
+        run.advance(t)
+        found = None if logits == "none" else norm(states[-1]) @ self.unembed + self.bias
+        return BackboneOutput(found, torch.stack(states, 1) if taps else None)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -100,8 +91,7 @@ class Expected:
 
 def _full(backbone: Tiny, ids: Sequence[int]) -> np.ndarray:
     """Logits behind `ids`, all positions again, no cache, no padding."""
-    row = torch.tensor([list(ids)])
-    out = backbone.step(row, torch.ones_like(row, dtype=torch.bool), backbone.new_cache(1, len(ids)))
+    out = backbone.extend(backbone.new_cache(1, len(ids)), [list(ids)])
     return out.logits[0].double().numpy()  # type: ignore[no-any-return]
 
 

@@ -107,6 +107,11 @@ class Row:
         return min(budget, self.room.limit) if isinstance(budget, int) else self.room.limit
 
     @property
+    def need(self) -> int:
+        """Positions at most: prompt, tags, thinking and answer."""
+        return len(self.request.prompt_ids) + self.room.overhead + self.upper + self.max_answer
+
+    @property
     def at_prediction(self) -> bool:
         """Whether the cap is the clipped prediction itself, the only point that the card was fitted for."""
         before = self.before
@@ -172,6 +177,16 @@ class Row:
             return self._think(choice, logprob)
         self._answer(choice, logprob)
         return choice
+
+    @property
+    def drawn(self) -> int:
+        """Positions behind the think tag so far: the counter of this row's random stream."""
+        return len(self.ids) - self.think_start
+
+    def abandon(self) -> None:
+        """The user left before the row was begun."""
+        self.begin(None)
+        self.cancel()
 
     def cancel(self) -> None:
         """The user left."""

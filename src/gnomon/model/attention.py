@@ -5,11 +5,13 @@ Legend: B rows, T new positions, S positions in view, H heads, D head size, C = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnomon.model.cache import LayerCache
+Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values -> all in view (KeyValues.append)
 
 
 def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -46,13 +48,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(channels, channels, bias=False)
         self.gain = nn.Parameter(torch.ones(heads))
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, append: Append | None) -> Tensor:
         """x [B, T, C]; mask bool [B, 1, T, S] (True = may look) or None for plain causal -> [B, T, C]."""
         batch, length, channels = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
         q, k = rotate(rms_norm(q), table), rotate(rms_norm(k), table)
         q = q * self.gain[:, None, None].to(q.dtype)
-        if cache is not None:
-            k, v = cache.append(k, v)
+        if append is not None:
+            k, v = append(k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, channels))

@@ -1,38 +1,34 @@
 """What decoding and metacognition see of a base model, our own decoder and any Hugging Face causal LM alike.
 
-Legend: B rows, T new tokens, S cached positions, L blocks, C channels, V vocabulary. Rows are left-padded.
+Sequences stand in slots of a cache and grow by `extend`; rows of one call are a run of neighbouring slots, so that no
+cache is ever gathered. Legend: R rows, T new tokens, L blocks, C channels, V vocabulary.
 """
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from gnomon.model.cache import DecoderCache
-from gnomon.model.decoder import Decoder, previous_tokens
+from gnomon.model.decoder import Decoder
+from gnomon.model.slots import Pass, SlotCache, TensorSlots, start_pass
 
 Logits = Literal["last", "all", "none"]
-
-
-class Cache(Protocol):
-    """Keys and values of a batch; `length` counts cached positions, padding included."""
-
-    length: int
-
-    def select(self, rows: Tensor) -> None:
-        """Keep, repeat or reorder rows in place: rows int64 [B']."""
+Tokens = Sequence[Sequence[int]]
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass
 class BackboneOutput:
-    """logits float32 [B, V] ("last"), [B, T, V] ("all") or None; taps float32 [B, L, C] (last position) or None."""
+    """logits float32: [R, V] of each row's last token ("last"), [sum of tokens, V] row after row ("all") or None;
+    taps float32 [R, L, C]: the state of every block at each row's last token, or None."""
 
     logits: Tensor | None
     taps: Tensor | None
-    cache: Any
 
 
 class Backbone(Protocol):
@@ -45,43 +41,40 @@ class Backbone(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where ids, masks and outputs live."""
+        """Where outputs live."""
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` rows and at most `capacity` positions."""
+    def new_cache(self, slots: int, capacity: int) -> SlotCache:
+        """Empty slots for at most `capacity` positions each."""
 
-    def step(
-        self, ids: Tensor, mask: Tensor, cache: Any, *, logits: Logits = "last", want_taps: bool = False
+    def extend(
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
     ) -> BackboneOutput:
-        """ids int64 [B, T]; mask bool [B, S + T], False at padding, which may only stand on the left."""
+        """Append tokens[r] (one or more ids each) to slot first + r. The caller keeps within capacity and context."""
 
 
-def positions_of(mask: Tensor, new: int) -> Tensor:
-    """Position of each new token counted from the row's first real token: mask bool [B, S + T] -> int64 [B, T]."""
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -new:]
+def row_bucket(rows: int) -> int:
+    """How many rows a torch pass is computed with: a matrix product rounds differently for other shapes."""
+    at = bisect.bisect_left(_ROWS, rows)
+    return _ROWS[at] if at < len(_ROWS) else rows
 
 
-def attention_mask(mask: Tensor, new: int) -> Tensor:
-    """Which positions each new token may look at: mask bool [B, S + T] -> bool [B, 1, T, S + T].
-
-    A padding position looks at itself alone, so that no row of the softmax is empty.
-    """
-    total = mask.shape[1]
-    index = torch.arange(total, device=mask.device)
-    query = index[total - new :]
-    causal = index[None, :] <= query[:, None]
-    itself = index[None, :] == query[:, None]
-    return ((mask[:, None, :] & causal) | itself)[:, None]
+def picked(values: Tensor, run: Pass, rows: int, logits: Logits) -> Tensor:
+    """values [R', T, *] -> those that `logits` asks for, of the first `rows` rows: [rows, *] or [sum of tokens, *]."""
+    if logits == "all":
+        real = torch.arange(values.shape[1], device=values.device) <= run.last[:rows, None]
+        return values[:rows][real]
+    if values.shape[1] == 1:
+        return values[:rows, 0]
+    return values[torch.arange(rows, device=values.device), run.last[:rows]]
 
 
-def check_left_padded(mask: Tensor) -> None:
-    """Padding may only stand on the left of a row and never fill it."""
-    assert bool((mask[:, 1:].long() >= mask[:, :-1].long()).all()), "padding must be on the left of every row"
-    assert bool(mask[:, -1].all()), "the last position of every row must be a real token"
+def fitting_rows(cache: TensorSlots, first: int, rows: int) -> int:
+    """The bucket of `rows`, as far as there are slots behind `first`."""
+    return max(rows, min(row_bucket(rows), len(cache.lengths) - first))
 
 
 class OwnBackbone:
-    """Our decoder behind the protocol."""
+    """Our decoder in torch, on any device."""
 
     def __init__(self, decoder: Decoder):
         self.module = decoder.eval()
@@ -93,78 +86,26 @@ class OwnBackbone:
     def device(self) -> torch.device:
         return self.module.unembed.weight.device
 
-    def new_cache(self, batch: int, capacity: int) -> DecoderCache:
-        return self.module.new_cache(batch, capacity)
+    def new_cache(self, slots: int, capacity: int) -> SlotCache:
+        c = self.module.config
+        size = c.channels // c.heads
+        return TensorSlots(c.layers, row_bucket(slots), c.heads, capacity, size, self.module.unembed.weight)
 
     @torch.inference_mode()
-    def step(
-        self, ids: Tensor, mask: Tensor, cache: DecoderCache, *, logits: Logits = "last", want_taps: bool = False
+    def extend(
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
     ) -> BackboneOutput:
-        if cache.length == 0:
-            check_left_padded(mask)
-        new = ids.shape[1]
-        previous, cache.last = previous_tokens(ids, mask, cache.last)
+        rows = len(tokens)
+        run = start_pass(cache, tokens, first, fitting_rows(cache, first, rows), self.context)
         out = self.module(
-            ids,
-            positions_of(mask, new),
-            attention_mask(mask, new),
-            cache,
-            previous=previous,
-            want_states=want_taps,
-            logits=logits,
+            run.ids,
+            run.places,
+            run.mask,
+            run,
+            previous=run.previous(self.module.config.before),
+            want_states=taps,
+            logits="none",
         )
-        taps = torch.stack([s[:, -1] for s in out.states], dim=1).float() if want_taps else None
-        scores = out.logits[:, -1] if logits == "last" and out.logits is not None else out.logits
-        return BackboneOutput(scores, taps, cache)
-
-
-class HFCache:
-    """A transformers DynamicCache with the operations that the engine needs."""
-
-    def __init__(self, cache: Any):
-        self.cache = cache
-        self.length = 0
-
-    def select(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-
-
-class HFBackbone:
-    """Any Hugging Face causal LM behind the protocol; the model's own code is not touched."""
-
-    def __init__(self, model: Any):
-        self.module = model.eval()
-        config = model.config.get_text_config()
-        self.n_layers, self.hidden_size = config.num_hidden_layers, config.hidden_size
-        self.vocab_size, self.context = config.vocab_size, config.max_position_embeddings
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    def new_cache(self, batch: int, capacity: int) -> HFCache:
-        from transformers import DynamicCache
-
-        return HFCache(DynamicCache(config=self.module.config))
-
-    @torch.inference_mode()
-    def step(
-        self, ids: Tensor, mask: Tensor, cache: HFCache, *, logits: Logits = "last", want_taps: bool = False
-    ) -> BackboneOutput:
-        if cache.length == 0:
-            check_left_padded(mask)
-        out = self.module(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions_of(mask, ids.shape[1]),
-            past_key_values=cache.cache,
-            use_cache=True,
-            output_hidden_states=want_taps,
-            logits_to_keep=0 if logits == "all" else 1,
-        )
-        cache.length += ids.shape[1]
-        taps = torch.stack([h[:, -1] for h in out.hidden_states[1:]], dim=1).float() if want_taps else None
-        if logits == "none":
-            return BackboneOutput(None, taps, cache)
-        scores = out.logits.float()
-        return BackboneOutput(scores if logits == "all" else scores[:, -1], taps, cache)
+        scores = None if logits == "none" else self.module.unembed(picked(out.hidden, run, rows, logits)).float()
+        states = torch.stack([picked(s, run, rows, "last") for s in out.states], 1).float() if taps else None
+        return BackboneOutput(scores, states)

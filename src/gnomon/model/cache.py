@@ -1,32 +1,28 @@
-"""Preallocated key-value cache of our own decoder.
+"""Keys and values of our decoder: what a pass needs of a cache, and the plain cache of `generate`.
 
-Legend: L layers, B rows, H heads, S capacity, D head size.
+Legend: L layers, B rows, H heads, S capacity, D head size, T new positions.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class LayerCache:
-    """A view of one layer: append new keys and values, get everything so far."""
+class KeyValues(Protocol):
+    """What one forward pass appends to."""
 
-    def __init__(self, owner: DecoderCache, layer: int):
-        self.owner, self.layer = owner, layer
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [B, H, T, D] -> all keys and values in view, [B, H, S', D]."""
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [B, H, T, D] -> all keys and values so far, [B, H, length + T, D]."""
-        start = self.owner.length
-        end = start + k.shape[2]
-        store = self.owner.store[self.layer]
-        store[0, :, :, start:end] = k
-        store[1, :, :, start:end] = v
-        return store[0, :, :, :end], store[1, :, :, :end]
+    def advance(self, tokens: int) -> None:
+        """Called once per forward pass, after every layer has appended."""
 
 
 class DecoderCache:
-    """Keys and values of all layers: one tensor [2, B, H, capacity, D] per layer.
+    """Rows of one common length, padding included: one tensor [2, B, H, capacity, D] per layer.
 
     last int64 [B, K]: the newest real tokens of each row, newest at the right, -1 = none; who feeds the decoder keeps
     it up to date.
@@ -41,11 +37,14 @@ class DecoderCache:
         self.length = 0
         self.capacity = capacity
 
-    def layer(self, index: int) -> LayerCache:
-        return LayerCache(self, index)
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + k.shape[2]
+        store = self.store[layer]
+        store[0, :, :, self.length : end] = k
+        store[1, :, :, self.length : end] = v
+        return store[0, :, :, :end], store[1, :, :, :end]
 
     def advance(self, tokens: int) -> None:
-        """Called once per forward pass, after every layer has appended."""
         self.length += tokens
 
     def select(self, rows: Tensor) -> None:
@@ -56,3 +55,21 @@ class DecoderCache:
             # Only what is filled is copied; capacity is mostly free space.
             kept[..., : self.length, :] = store[..., : self.length, :].index_select(1, rows.to(store.device))
             self.store[i] = kept
+
+
+def positions_of(mask: Tensor, new: int) -> Tensor:
+    """Position of each new token counted from the row's first real token: mask bool [B, S + T] -> int64 [B, T]."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -new:]
+
+
+def attention_view(mask: Tensor, new: int) -> Tensor:
+    """Which positions each new token may look at: mask bool [B, S + T] -> bool [B, 1, T, S + T].
+
+    A padding position looks at itself alone, so that no row of the softmax is empty.
+    """
+    total = mask.shape[1]
+    index = torch.arange(total, device=mask.device)
+    query = index[total - new :]
+    causal = index[None, :] <= query[:, None]
+    itself = index[None, :] == query[:, None]
+    return ((mask[:, None, :] & causal) | itself)[:, None]

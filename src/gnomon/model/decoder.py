@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gnomon.base.errors import unknown
 from gnomon.model.attention import Attention, rms_norm, rope_table
-from gnomon.model.cache import DecoderCache
+from gnomon.model.cache import DecoderCache, KeyValues
 from gnomon.model.hyper import HyperConnection, gauges
 
 
@@ -94,9 +95,9 @@ class Block(nn.Module):
                 HyperConnection(config.streams, config.channels, 2 * index + part, *options) for part in range(2)
             )
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: DecoderCache | None, index: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KeyValues | None, index: int) -> Tensor:
         """x [B, T, C] (one stream) or [B, T, n, C] -> the same shape."""
-        layer = cache.layer(index) if cache is not None else None
+        layer = partial(cache.append, index) if cache is not None else None
         if self.streams == 1:
             x = x + self.attention(rms_norm(x), table, mask, layer)
             return x + self.mlp(rms_norm(x))
@@ -178,7 +179,7 @@ class Decoder(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: DecoderCache | None = None,
+        cache: KeyValues | None = None,
         *,
         previous: Tensor | None = None,
         want_states: bool = False,
@@ -191,7 +192,8 @@ class Decoder(nn.Module):
         """
         length = ids.shape[1]
         table = self.rope[None, :length] if positions is None else self.rope[positions]
-        x = rms_norm(self.input(ids, positions, previous, cache))
+        assert cache is None or previous is not None, "a cached pass needs the tokens before its own"
+        x = rms_norm(self.input(ids, positions, previous))
         if self.config.streams > 1:
             x = x.unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
         states = []
@@ -210,15 +212,12 @@ class Decoder(nn.Module):
         seen = hidden[:, -1:] if logits == "last" else hidden
         return DecoderOutput(self.unembed(seen).float(), hidden, states)
 
-    def input(
-        self, ids: Tensor, positions: Tensor | None, previous: Tensor | None, cache: DecoderCache | None = None
-    ) -> Tensor:
+    def input(self, ids: Tensor, positions: Tensor | None, previous: Tensor | None) -> Tensor:
         """Input of every position before its norm [B, T, C]; arguments as in `forward`."""
         x = self.embed(ids)
         if previous is not None:
             near = self.embed(previous.clamp_min(0)) * (previous >= 0).unsqueeze(-1)
             return x + self.before(near.flatten(-2))
-        assert cache is None or cache.length == 0, "a cached pass needs the tokens before its own"
         at = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
         # Shifting what is embedded already spares the gradient of K more look-ups.
         shifted = [x.roll(k, dims=1) * (at >= k).unsqueeze(-1) for k in range(1, self.config.before + 1)]

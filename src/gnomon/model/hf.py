@@ -11,9 +11,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gnomon.base.errors import ModelError
-from gnomon.model.backbone import attention_mask as attention_view
-from gnomon.model.backbone import positions_of
-from gnomon.model.cache import DecoderCache
+from gnomon.model.cache import DecoderCache, attention_view, positions_of
 from gnomon.model.decoder import Decoder, DecoderConfig, previous_tokens
 from gnomon.model.hyper import HyperConnection
 

@@ -9,8 +9,8 @@ from gnomon.attempts import Job
 from gnomon.attempts import run as attempt
 from gnomon.data.codec import OwnCodec
 from gnomon.data.tokenizer import Tokenizer
-from gnomon.model.backbone import OwnBackbone
 from gnomon.model.decoder import Decoder
+from gnomon.model.native.bind import own_backbone
 from gnomon.reasoner import from_parts
 from gnomon.tasks.procedural import problems
 
@@ -30,7 +30,7 @@ def logic_check(
     items = problems(names, "val", "logic-check", n, levels)
     decoder.eval()
     try:
-        reasoner = from_parts("training", OwnBackbone(decoder), OwnCodec(tok))
+        reasoner = from_parts("training", own_backbone(decoder), OwnCodec(tok))
         jobs = [Job(item, "steps", CAP, use_prediction=False) for item in items]
         found = attempt(reasoner, jobs, max_answer_tokens=ANSWER_TOKENS)
     finally:

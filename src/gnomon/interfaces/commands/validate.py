@@ -56,11 +56,9 @@ def _config(path: Path, recipe: str) -> list[tuple[str, str]]:
 
 
 def _model(name: str, stop: tuple[str, ...]) -> list[tuple[str, str]]:
-    import torch
 
     from gnomon.data.codec import OwnCodec
     from gnomon.data.tokenizer import check_atomic
-    from gnomon.decoding.engine import left_pad
     from gnomon.reasoner import Reasoner
 
     reasoner = Reasoner.load(name)
@@ -77,16 +75,12 @@ def _model(name: str, stop: tuple[str, ...]) -> list[tuple[str, str]]:
     card = None if layer is None else layer.card
     found.append(("metacognitive layer", "none" if layer is None else "calibrated" if card else "no calibration card"))
     prompts = [reasoner.codec.encode_prompt(text) for text in ("Compute 3 + 4.", "Sort 34 12 78 5.")]
-    ids, mask = left_pad(prompts, reasoner.codec.layout.pad, max(map(len, prompts)))
-    backbone = reasoner.backbone
-    whole = backbone.step(ids, mask, backbone.new_cache(2, ids.shape[1] + 1)).logits
-    alone = [backbone.step(torch.tensor([p]), torch.ones(1, len(p)).bool(), backbone.new_cache(1, len(p) + 1)).logits
-             for p in prompts]  # fmt: skip
+    backbone, most = reasoner.backbone, max(map(len, prompts))
+    whole = backbone.extend(backbone.new_cache(2, most), prompts).logits
+    alone = [backbone.extend(backbone.new_cache(1, most), [p]).logits for p in prompts]
     assert whole is not None
     gap = max(float((whole[i] - one[0]).abs().max()) for i, one in enumerate(alone) if one is not None)
     if gap > 1e-2:
-        raise ConfigError(
-            f"a row alone and in a left-padded batch differ by {gap:.2g} in their logits; do not serve this"
-        )
-    found.append(("row alone = row in batch", f"logits within {gap:.1e}, padded on the left"))
+        raise ConfigError(f"a row alone and in a batch differ by {gap:.2g} in their logits; do not serve this")
+    found.append(("row alone = row in batch", f"logits within {gap:.1e}"))
     return found

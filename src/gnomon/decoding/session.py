@@ -1,0 +1,327 @@
+"""Continuous batching: rows join and leave at any step, so that short thoughts never wait for long ones.
+
+Legend: R live rows · V vocabulary · L blocks · C channels.
+
+A row's life: its prompt goes into a slot (equal prompts once, a long common beginning once) -> plan at the last prompt
+token -> plan and think tag -> budget and confidence at the think tag -> thinking under the controller -> end tag, its
+own or forced -> confidence after -> answer tag -> answer until its end tag, an end of sequence or its cap. Live rows
+stand in the slots 0..R-1; the last row moves into a slot that becomes free. Forced tokens go through the model like any
+other. Rows share arithmetic, never state or randomness.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gnomon.decoding import sampling
+from gnomon.decoding.row import BudgetChoice, Row, Sink
+from gnomon.model.slots import SlotCache
+from gnomon.protocol.trace import Request, Trace
+
+if TYPE_CHECKING:
+    from gnomon.decoding.engine import Engine
+
+SHARED_LEAST = 64  # a common beginning shorter than this is not worth a pass of its own
+_JOIN_SHARE = 8  # new rows wait until an eighth of the slots is free: a pass over one prompt wastes the machine
+
+
+class Session:
+    """Rows that are decoded together. Not thread-safe, except `submit` and `cancel`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        record_taps: bool,
+        record_boundaries: bool,
+        sink: Sink | None,
+        on_done: Callable[[Row, Trace], None] | None,
+    ) -> None:
+        self.engine, self.backbone, self.layout = engine, engine.backbone, engine.layout
+        self.record, self.boundaries = record_taps, record_boundaries
+        self.sink, self.on_done = sink, on_done
+        self.reads = record_taps or engine.metacog is not None
+        self.pending: deque[Row] = deque()
+        self.rows: list[Row] = []
+        self.cache: SlotCache | None = None
+        self.logits: Tensor | None = None  # [R, V] in front of every live row's next token
+        self._prefix: tuple[int, ...] = ()  # the common beginning held in the spare slot
+        self._spare = -1
+        self._settings: sampling.Params | None = None
+        self._bans: Tensor | None = None  # [R] which mask holds for a row: 0 thinking, 1 answering
+        self._ordered = 0
+        self._cancelled: set[str] = set()
+
+    # -- from outside -------------------------------------------------------------------------------------------
+    def submit(self, request: Request) -> None:
+        """Queue every sample of a request. Raises BudgetError or ConfigError where it cannot be kept."""
+        self.queue(self.rows_of(request))
+
+    def rows_of(self, request: Request) -> list[Row]:
+        """Fresh rows, in the order of submission, one per sample."""
+        room = self.engine.check(request)
+        self._cancelled.discard(request.id)  # a name is free again
+        found = []
+        for sample in range(request.n):
+            key = sampling.stream_key(request.seed, request.id, sample)
+            row = Row(request, sample, key, self._ordered, self.layout, room)
+            row.sink = self.sink
+            self._ordered += 1
+            found.append(row)
+        return found
+
+    def queue(self, rows: Sequence[Row]) -> None:
+        """Rows that wait for a slot."""
+        self.pending.extend(rows)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop this request at its next token; its traces say `user`."""
+        self._cancelled.add(request_id)
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Let rows join, choose one token for every live row, feed it. False when nothing is left."""
+        self._join()
+        if not self.rows:
+            return False
+        assert self.logits is not None
+        self._ban(self.logits)
+        steps = np.fromiter((r.drawn for r in self.rows), dtype=np.uint64, count=len(self.rows))
+        ids, logprobs = sampling.sample(self.logits, self._sampling(), steps)
+        tokens = self._take(ids.tolist(), logprobs.tolist())
+        self._leave(tokens)
+        if self.rows:
+            self._feed(tokens)
+        return bool(self.rows or self.pending)
+
+    # -- joining ------------------------------------------------------------------------------------------------
+    def _join(self) -> None:
+        most, free = self.engine.max_batch, self.engine.max_batch - len(self.rows)
+        if not self.pending or not free:
+            return
+        if self.rows and free < min(len(self.pending), most // _JOIN_SHARE):
+            return
+        joiners = list(self._next(free))
+        if not joiners:
+            return
+        first: dict[tuple[int, ...], Row] = {}
+        for row in joiners:
+            first.setdefault(row.request.prompt_ids, row)
+        leaders = list(first.values())
+        others = [row for row in joiners if row is not first[row.request.prompt_ids]]
+        start = len(self.rows)
+        self._room([*leaders, *others])
+        self._prompts(leaders, others, start)
+        logits = self._open([*leaders, *others], start)
+        self.rows += [*leaders, *others]
+        self.logits = logits if not start else torch.cat([self.logits, logits])  # type: ignore[list-item]
+        self._settings = self._bans = None
+
+    def _next(self, free: int) -> Iterator[Row]:
+        """Up to `free` waiting rows; cancelled ones are finished here."""
+        while self.pending and free:
+            row = self.pending.popleft()
+            if row.request.id in self._cancelled:
+                row.abandon()
+                self._finish(row)
+                continue
+            free -= 1
+            yield row
+
+    def _room(self, joiners: Sequence[Row]) -> None:
+        """A cache with slots for the live rows, the joiners and a spare one, and capacity for the longest."""
+        slots = min(self.engine.max_batch, len(self.rows) + len(joiners) + len(self.pending)) + 1
+        need = max(row.need for row in joiners)
+        if self.cache is None:
+            self.cache, self._spare = self.backbone.new_cache(slots, need), slots - 1
+        elif slots - 1 > self._spare or need > self.cache.capacity:
+            slots = max(slots, self._spare + 1)
+            self.cache = self.cache.resized(slots, max(need, self.cache.capacity))
+            self._spare, self._prefix = slots - 1, ()
+            self.cache.cut(self._spare)
+
+    def _prompts(self, leaders: Sequence[Row], others: Sequence[Row], start: int) -> None:
+        """Prompts into the slots from `start` on: leaders through the model, the others as copies; then plans."""
+        assert self.cache is not None
+        prompts = [row.request.prompt_ids for row in leaders]
+        shared = self._share(prompts)
+        for slot in range(start, start + len(leaders)):
+            self.cache.cut(slot)
+            if shared:
+                self.cache.copy(self._spare, slot, shared)
+        tails = [prompt[shared:] for prompt in prompts]
+        out = self.backbone.extend(self.cache, tails, start, logits="none", taps=self.reads)
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        for slot, row in enumerate(others, start + len(leaders)):
+            self.cache.copy(start + place[row.request.prompt_ids], slot)
+        metacog = self.engine.metacog
+        choices = metacog.plan(out.taps) if metacog is not None and out.taps is not None else None
+        arrays = _arrays(out.taps) if self.record else None
+        for row in (*leaders, *others):
+            i = place[row.request.prompt_ids]
+            if choices is not None:
+                row.wished, row.plan_probs = choices[i].plan, dict(choices[i].probs)
+                if row.request.plan == "predicted":
+                    row.plan = row.wished
+            if arrays is not None:
+                row.taps["prompt"] = arrays[i]
+
+    def _share(self, prompts: Sequence[tuple[int, ...]]) -> int:
+        """Length of a common beginning that stands in the spare slot (instruction and examples of a foreign base)."""
+        assert self.cache is not None
+        held = common_prefix([(*self._prefix, -1), *prompts]) if self._prefix else 0
+        if held:
+            return held
+        common = common_prefix(prompts)
+        if not common:
+            return 0
+        self._prefix = prompts[0][:common]
+        self.cache.cut(self._spare)
+        self.backbone.extend(self.cache, [self._prefix], self._spare, logits="none")
+        return common
+
+    def _open(self, joiners: Sequence[Row], start: int) -> Tensor:
+        """Plan and think tag through the model, then budgets. Returns logits [joiners, V]."""
+        assert self.cache is not None
+        metacog = self.engine.metacog
+        prefixes = [row.prefix() for row in joiners]
+        out = self.backbone.extend(self.cache, prefixes, start, taps=self.reads)
+        choices: Sequence[BudgetChoice | None] = [None] * len(joiners)
+        if metacog is not None and out.taps is not None:
+            choices = metacog.budget(out.taps, [r.plan for r in joiners], [r.wished for r in joiners])
+        arrays = _arrays(out.taps) if self.record else None
+        for i, row in enumerate(joiners):
+            row.begin(choices[i])
+            if arrays is not None:
+                row.taps["think"] = arrays[i]
+        assert out.logits is not None
+        return self._resume(joiners, start, out.logits)
+
+    def _resume(self, joiners: Sequence[Row], start: int, logits: Tensor) -> Tensor:
+        """Think tokens of earlier runs through the model, behind the think tag where predictions are read."""
+        for resumed, run in groupby(enumerate(joiners), key=lambda pair: bool(pair[1].request.think_prefix)):
+            if resumed:
+                rows = list(run)
+                first = rows[0][0]
+                out = self.backbone.extend(self.cache, [row.request.think_prefix for _, row in rows], start + first)
+                assert out.logits is not None
+                logits[first : first + len(rows)] = out.logits
+        return logits
+
+    # -- one step -----------------------------------------------------------------------------------------------
+    def _sampling(self) -> sampling.Params:
+        if self._settings is None:
+            asked = [row.request for row in self.rows]
+            self._settings = sampling.params(
+                [r.temperature for r in asked],
+                [r.top_k for r in asked],
+                [r.top_p for r in asked],
+                [row.key for row in self.rows],
+                self.backbone.device,
+            )
+        return self._settings
+
+    def _ban(self, logits: Tensor) -> None:
+        """Set ids that may not be sampled to -inf, in place."""
+        if self._bans is None:
+            self._bans = torch.tensor([int(row.in_answer) for row in self.rows], device=logits.device)
+        logits += self.engine.masks.index_select(0, self._bans)
+        if self.engine.long_tags:
+            answering = [(i, row) for i, row in enumerate(self.rows) if row.in_answer]
+            pairs = [(i, token) for i, row in answering for token in row.state.banned(reopen=False)]
+            if pairs:
+                at, token = torch.tensor(pairs, device=logits.device).T
+                logits.index_put_((at, token), logits.new_tensor(-torch.inf))
+
+    def _take(self, choices: list[int], logprobs: list[float]) -> list[int]:
+        """Let every row take its token; -1 where it has finished."""
+        tokens = []
+        for row, choice, logprob in zip(self.rows, choices, logprobs, strict=True):
+            if self._cancelled and row.request.id in self._cancelled:
+                row.cancel()
+                tokens.append(-1)
+                continue
+            answering = row.in_answer
+            token = row.take(choice, logprob)
+            if row.in_answer != answering:
+                self._bans = None
+            tokens.append(token if row.finish is None else -1)
+        return tokens
+
+    def _leave(self, tokens: list[int]) -> None:
+        """Finished rows go; the last row takes the place of each, so that live rows stay side by side."""
+        if -1 not in tokens:
+            return
+        assert self.cache is not None
+        for row in [row for row in self.rows if row.finish is not None]:
+            self._finish(row)
+        for slot in range(len(self.rows) - 1, -1, -1):
+            if self.rows[slot].finish is None:
+                continue
+            last = len(self.rows) - 1
+            if slot < last:
+                self.cache.move(last, slot)
+                self.rows[slot], tokens[slot] = self.rows[last], tokens[last]
+            else:
+                self.cache.cut(slot)
+            self.rows.pop()
+            tokens.pop()
+        self._settings = self._bans = None
+
+    def _finish(self, row: Row) -> None:
+        if self.on_done is not None:
+            self.on_done(row, row.trace(self.engine.decode, self.record))
+
+    def _feed(self, tokens: list[int]) -> None:
+        """One position for every row; reads states only where a row stands at a site."""
+        sites = [i for i, row in enumerate(self.rows) if row.tapped and self._wants(row.tapped)]
+        out = self.backbone.extend(self.cache, [(token,) for token in tokens], taps=bool(sites))
+        if sites:
+            assert out.taps is not None
+            self._read(sites, out.taps[sites])
+        self.logits = out.logits
+
+    def _wants(self, site: str) -> bool:
+        return self.reads if site == "end" else self.boundaries
+
+    def _read(self, sites: list[int], taps: Tensor) -> None:
+        """taps [sites, L, C] of the rows that stand at an end tag or a node boundary."""
+        ends = [(n, self.rows[i]) for n, i in enumerate(sites) if self.rows[i].tapped == "end"]
+        if self.record or self.boundaries:
+            for i, array in zip(sites, _arrays(taps), strict=True):
+                row = self.rows[i]
+                if row.tapped == "boundary":
+                    row.boundaries.append((row.state.used, array))
+                elif self.record:
+                    row.taps["end"] = array
+        metacog = self.engine.metacog
+        if metacog is None or not ends:
+            return
+        known = [r.before is not None and r.before.calibrated and r.at_prediction for _, r in ends]
+        after = metacog.after(
+            taps[[n for n, _ in ends]], [r.plan for _, r in ends], [r.state.used for _, r in ends], known
+        )
+        for (_, row), choice in zip(ends, after, strict=True):
+            row.after = choice
+
+
+def common_prefix(prompts: Sequence[tuple[int, ...]], least: int = SHARED_LEAST) -> int:
+    """How many leading ids all prompts share, at least one id of each left over; 0 below `least` or for one prompt."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # what the extremes share, all share
+    longest = min(map(len, prompts)) - 1
+    shared = next((i for i in range(longest) if first[i] != last[i]), longest)
+    return shared if shared >= least else 0
+
+
+def _arrays(taps: Tensor | None) -> list[Any]:
+    """[R, L, C] on any device -> float32 arrays [L, C] that own their memory."""
+    assert taps is not None, "the backbone was asked for taps and gave none"
+    return [row.copy() for row in taps.detach().float().cpu().numpy()]

@@ -1,0 +1,269 @@
+"""Compile, load and call `decoder.c`. Where no C compiler is found the torch path of `backbone.py` serves instead.
+
+Legend: R rows, L blocks, H heads, S capacity, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gnomon.base.errors import ModelError
+from gnomon.model.backbone import BackboneOutput, Logits, OwnBackbone, Tokens
+from gnomon.model.decoder import Decoder
+from gnomon.model.hyper import HyperConnection
+from gnomon.model.slots import rounded
+
+SOURCE: Final = Path(__file__).with_name("decoder.c")
+SWITCH: Final = "GNOMON_NATIVE"  # 0: never use it
+KEY_BLOCK: Final = 16  # KB of decoder.c
+# No -ffast-math: infinities mark masked scores. Sums may be reordered inside one row, never across rows.
+_FLAGS: Final = (
+    "-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+    "-fassociative-math",
+)  # fmt: skip
+_EXTRA: Final = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+_Pointer = ctypes.c_void_p
+_INTS: Final = ("vocab_size", "channels", "layers", "heads", "ffn", "context", "before", "streams", "sinkhorn")
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in _INTS]
+
+
+class _Hyper(ctypes.Structure):
+    _fields_ = [(name, _Pointer) for name in ("phi", "alpha", "bias", "table")]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [*((name, _Pointer) for name in ("qkv", "out", "gain", "up", "down")), ("hyper", _Hyper * 2)]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [*((name, _Pointer) for name in ("keys", "values", "lengths", "ids")),
+                ("slots", ctypes.c_int64), ("capacity", ctypes.c_int64)]  # fmt: skip
+
+
+def cache_dir() -> Path:
+    """Where compiled libraries are kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "gnomon" / "native"
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, None where there is no compiler, it fails, or `GNOMON_NATIVE=0` says no."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    compiler = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
+    for extra in _EXTRA if compiler else ():
+        assert compiler is not None
+        path = _compiled(compiler, (*_FLAGS, *extra))
+        if path is None:
+            continue
+        try:
+            lib = ctypes.CDLL(str(path))
+        except OSError:
+            continue
+        lib.gn_packed_size.restype = lib.gn_model_size.restype = ctypes.c_int64
+        return lib
+    return None
+
+
+def _compiled(compiler: str, flags: tuple[str, ...]) -> Path | None:
+    """The library for this source, compiler and processor: from the cache, or compiled into it."""
+    source = SOURCE.read_bytes()
+    key = hashlib.sha256(source + repr((compiler, flags, platform.machine(), _processor())).encode()).hexdigest()[:20]
+    target = cache_dir() / f"decoder-{key}.so"
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_suffix(f".{secrets.token_hex(4)}.tmp")
+        done = subprocess.run(
+            [compiler, *flags, "-o", str(beside), str(SOURCE), "-lm"], capture_output=True, timeout=120, check=False
+        )
+        if done.returncode == 0:
+            beside.replace(target)
+            return target
+        beside.unlink(missing_ok=True)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+class NativeSlots:
+    """Slots in the layout of `decoder.c`: keys [L, N, H, S/16, D, 16], values [L, N, H, S, D].
+
+    `place` says where a slot's contents lie, so that a row moves without a copy.
+    """
+
+    def __init__(self, layers: int, slots: int, heads: int, capacity: int, size: int) -> None:
+        capacity = rounded(capacity, KEY_BLOCK)
+        self.keys = np.empty((layers, slots, heads, capacity // KEY_BLOCK, size, KEY_BLOCK), dtype=np.float32)
+        self.values = np.empty((layers, slots, heads, capacity, size), dtype=np.float32)
+        self.ids = np.zeros((slots, capacity), dtype=np.int32)
+        self.held = np.zeros(slots, dtype=np.int32)  # lengths by place
+        self.place = np.arange(slots, dtype=np.int32)
+        self.capacity = capacity
+        self.struct = _Cache(*(a.ctypes.data for a in (self.keys, self.values, self.held, self.ids)), slots, capacity)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        return self.held[self.place]
+
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        a, b = self.place[source], self.place[target]
+        n = int(self.held[a]) if length is None else length
+        blocks = -(-n // KEY_BLOCK)
+        self.keys[:, b, :, :blocks] = self.keys[:, a, :, :blocks]
+        self.values[:, b, :, :n] = self.values[:, a, :, :n]
+        self.ids[b, :n] = self.ids[a, :n]
+        self.held[b] = n
+
+    def move(self, source: int, target: int) -> None:
+        self.place[[source, target]] = self.place[[target, source]]
+        self.held[self.place[source]] = 0
+
+    def cut(self, slot: int, length: int = 0) -> None:
+        assert 0 <= length <= self.held[self.place[slot]]
+        self.held[self.place[slot]] = length
+
+    def resized(self, slots: int, capacity: int) -> NativeSlots:
+        layers, old, heads, _, size = self.values.shape
+        new = NativeSlots(layers, slots, heads, capacity, size)
+        n = int(self.held.max())
+        blocks = -(-n // KEY_BLOCK)
+        new.keys[:, :old, :, :blocks] = self.keys[:, self.place, :, :blocks]
+        new.values[:, :old, :, :n] = self.values[:, self.place, :, :n]
+        new.ids[:old, :n] = self.ids[self.place, :n]
+        new.held[:old] = self.lengths
+        return new
+
+
+class NativeBackbone(OwnBackbone):
+    """Our decoder in float32 on a CPU, through `decoder.c`. `module` stays the torch decoder with the same weights.
+
+    Weights are copied when it is built: build a new one after training steps. A row's results do not depend on what
+    else is in a step. Raises ModelError where the library or this decoder's shape is not supported (see `supported`).
+    """
+
+    def __init__(self, decoder: Decoder):
+        super().__init__(decoder)
+        lib = library()
+        if lib is None or not supported(decoder):
+            raise ModelError("the compiled kernel cannot run this decoder here; use OwnBackbone")
+        self._lib = lib
+        self._kept: list[NDArray[np.float32]] = []  # what the structure below points to
+        self._model = self._build(decoder)
+        self._taps = decoder.config.layers, decoder.config.channels
+
+    def new_cache(self, slots: int, capacity: int) -> NativeSlots:
+        c = self.module.config
+        return NativeSlots(c.layers, slots, c.heads, capacity, c.channels // c.heads)
+
+    def extend(
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
+    ) -> BackboneOutput:
+        rows = len(tokens)
+        counts = np.fromiter(map(len, tokens), dtype=np.int32, count=rows)
+        ids = np.fromiter((t for row in tokens for t in row), dtype=np.int32)
+        slots = cache.place[first : first + rows]
+        assert rows and counts.min() >= 1 and len(slots) == rows, "every row needs a slot and at least one token"
+        assert int((cache.held[slots] + counts).max()) <= min(cache.capacity, self.context), "no room for these tokens"
+        assert ids.min() >= 0 and ids.max() < self.vocab_size, "an id is not in the vocabulary"
+        scores = states = None
+        if logits != "none":
+            scores = torch.empty((rows if logits == "last" else len(ids), self.vocab_size))
+        if taps:
+            states = torch.empty((rows, *self._taps))
+        done = self._lib.gn_step(
+            self._model, ctypes.byref(cache.struct), rows, _at(slots), _at(counts), _at(ids), int(logits == "all"),
+            None if scores is None else _Pointer(scores.data_ptr()),
+            None if states is None else _Pointer(states.data_ptr()), torch.get_num_threads(),
+        )  # fmt: skip
+        if not done:
+            raise MemoryError(f"no memory for a step of {len(ids)} tokens")
+        return BackboneOutput(scores, states)
+
+    def _build(self, decoder: Decoder) -> Any:
+        c = decoder.config
+        exact = c.projection == "exact"
+        shape = _Shape(*(getattr(c, name) for name in _INTS[:-1]), 0 if exact else c.sinkhorn_iterations)
+        buffer = ctypes.create_string_buffer(self._lib.gn_model_size(ctypes.byref(shape)))
+        layers = []
+        for block in decoder.blocks:
+            hyper = [self._hyper(h) for h in block.hyper] if c.streams > 1 else [_Hyper(), _Hyper()]
+            attention, mlp = block.attention, block.mlp
+            packed = (attention.qkv.weight, attention.out.weight, mlp.up.weight, mlp.out.weight)
+            qkv, out, up, down = map(self._pack, packed)
+            layers.append(_Layer(qkv, out, self._plain(attention.gain), up, down, (_Hyper * 2)(*hyper)))
+        head = (self._plain(decoder.embed.weight), self._pack(decoder.before.weight),
+                self._pack(decoder.unembed.weight), self._plain(decoder.rope))  # fmt: skip
+
+        class Model(ctypes.Structure):
+            _fields_ = [("shape", _Shape), *((n, _Pointer) for n in ("embed", "before", "unembed", "rope")),
+                        ("layer", _Layer * len(layers))]  # fmt: skip
+
+        model = Model(shape, *head, (_Layer * len(layers))(*layers))
+        assert ctypes.sizeof(model) == len(buffer)
+        ctypes.memmove(buffer, ctypes.byref(model), len(buffer))
+        return buffer
+
+    def _hyper(self, h: HyperConnection) -> _Hyper:
+        table = self._plain(h.permutations) if h.projection == "exact" else None
+        return _Hyper(self._pack(h.phi.T), self._plain(h.alpha), self._plain(h.bias), table)
+
+    def _plain(self, tensor: Tensor) -> int:
+        values = np.ascontiguousarray(tensor.detach().float().numpy())
+        self._kept.append(values)
+        return int(values.ctypes.data)
+
+    def _pack(self, weight: Tensor) -> int:
+        """weight [out, in] -> panels."""
+        values = weight.detach().float().numpy()
+        outputs, inputs = values.shape
+        size = self._lib.gn_packed_size(outputs, inputs)
+        room = np.empty(size + 16, dtype=np.float32)
+        packed = room[(-room.ctypes.data % 64) // 4 :][:size]  # panels start on a cache line
+        rows, columns = (ctypes.c_int64(s // 4) for s in values.strides)
+        self._lib.gn_pack(_at(values), rows, columns, outputs, inputs, _at(packed))
+        self._kept.append(packed)
+        return int(packed.ctypes.data)
+
+
+def _at(array: NDArray[Any]) -> _Pointer:
+    return _Pointer(array.ctypes.data)
+
+
+def supported(decoder: Decoder) -> bool:
+    """Whether `decoder.c` can run it: float32 on a CPU, at most 16 streams."""
+    weight = decoder.unembed.weight
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and decoder.config.streams <= 16
+
+
+def own_backbone(decoder: Decoder) -> OwnBackbone:
+    """The fastest backbone that can run this decoder where it lies."""
+    return NativeBackbone(decoder) if supported(decoder) and library() is not None else OwnBackbone(decoder)

@@ -1,0 +1,557 @@
+/* One step of gnomon's own decoder on a CPU: many sequences, each with its own length, no padding anywhere.
+
+   Legend: R rows (sequences) of a step, n residual streams, C channels, H heads, D head size, F MLP width, P entries of
+   the mHC coefficients (2n + permutations, or 2n + n*n), V vocabulary, K tokens before, S capacity of a slot.
+
+   Every number of a row is computed in an order that depends on that row alone: results do not change with what else
+   is in the step, with how a row is cut into steps or with the number of threads. model/decoder.py is the definition;
+   tests/model/test_native.py holds this file to it. Rows are dealt to threads, so no thread waits for another.
+
+   Matrices [out, in] are packed as panels of NR outputs, panel[k][NR], so that the inner loop is broadcast times
+   vector. Keys are kept in blocks of KB positions, [block][D][KB], values as [S][D]. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#ifdef __AVX512F__
+#define VL 16
+#define MR 8
+#else
+#define VL 8
+#define MR 4
+#endif
+#define NR (2 * VL)
+#define KB 16
+#define EPS 1e-6f
+#define GROUP 128 /* tokens that pass through all layers together: their activations stay in the caches */
+
+typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef float vkb __attribute__((vector_size(KB * 4), aligned(4), may_alias));
+typedef int32_t ikb __attribute__((vector_size(KB * 4)));
+
+typedef struct {
+  int32_t vocab, channels, layers, heads, ffn, context, before, streams, sinkhorn; /* sinkhorn: iterations, 0 = exact */
+} Shape;
+
+typedef struct { /* one sublayer's hyper-connection */
+  const float *phi, *alpha, *bias, *table; /* phi packed [n*C -> P]; table [P - 2n, n*n] permutations */
+} Hyper;
+
+typedef struct {
+  const float *qkv, *out, *gain, *up, *down; /* packed, gain [H] */
+  Hyper hyper[2];
+} Layer;
+
+typedef struct {
+  Shape s;
+  const float *embed, *before, *unembed, *rope; /* embed [V, C]; before, unembed packed; rope [context, 2, D/2] */
+  Layer layer[];
+} Model;
+
+typedef struct { /* keys [L, slots, H, S/KB, D, KB], values [L, slots, H, S, D], lengths [slots], ids [slots, S] */
+  float *keys, *values;
+  int32_t *lengths, *ids;
+  int64_t slots, capacity; /* capacity: a multiple of KB */
+} Cache;
+
+static int panels(int outputs) { return (outputs + NR - 1) / NR; }
+
+int64_t gn_packed_size(int outputs, int inputs) { return (int64_t)panels(outputs) * NR * inputs; }
+
+/* w [outputs, inputs] with any strides -> panels, rows beyond `outputs` zero */
+void gn_pack(const float *w, int64_t row_stride, int64_t column_stride, int outputs, int inputs, float *to) {
+  for (int p = 0; p < panels(outputs); p++)
+    for (int k = 0; k < inputs; k++)
+      for (int j = 0; j < NR; j++) {
+        int o = p * NR + j;
+        *to++ = o < outputs ? w[o * row_stride + k * column_stride] : 0.0f;
+      }
+}
+
+int64_t gn_model_size(const Shape *s) { return sizeof(Model) + sizeof(Layer) * (int64_t)s->layers; }
+
+#define KERNEL(M)                                                                                        \
+  static void kernel_##M(const float *x, int64_t ldx, const float *panel, int inputs, float *y, int64_t ldy, \
+                         int width) {                                                                    \
+    vec a[M], b[M];                                                                                      \
+    for (int m = 0; m < M; m++) a[m] = b[m] = (vec){0};                                                  \
+    for (int k = 0; k < inputs; k++) {                                                                   \
+      const vec w0 = *(const vec *)(panel + (int64_t)k * NR), w1 = *(const vec *)(panel + (int64_t)k * NR + VL); \
+      for (int m = 0; m < M; m++) {                                                                      \
+        const float v = x[m * ldx + k];                                                                  \
+        a[m] += v * w0;                                                                                  \
+        b[m] += v * w1;                                                                                  \
+      }                                                                                                  \
+    }                                                                                                    \
+    for (int m = 0; m < M; m++) {                                                                        \
+      if (width == NR) {                                                                                 \
+        *(vec *)(y + m * ldy) = a[m];                                                                    \
+        *(vec *)(y + m * ldy + VL) = b[m];                                                               \
+      } else {                                                                                           \
+        float both[NR];                                                                                  \
+        memcpy(both, &a[m], VL * 4);                                                                     \
+        memcpy(both + VL, &b[m], VL * 4);                                                                \
+        memcpy(y + m * ldy, both, width * sizeof(float));                                                \
+      }                                                                                                  \
+    }                                                                                                    \
+  }
+KERNEL(1)
+KERNEL(2)
+KERNEL(4)
+#if MR == 8
+KERNEL(8)
+#endif
+
+/* y [M, outputs] = x [M, inputs] times the packed matrix; one accumulator per output, k ascending, whatever M is */
+static void matmul(const float *x, int64_t ldx, int M, const float *packed, int outputs, int inputs, float *y,
+                   int64_t ldy) {
+  for (int p = 0; p < panels(outputs); p++) {
+    const float *panel = packed + (int64_t)p * NR * inputs;
+    const int width = outputs - p * NR < NR ? outputs - p * NR : NR;
+    int m = 0;
+#if MR == 8
+    for (; m + 8 <= M; m += 8) kernel_8(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
+#endif
+    for (; m + 4 <= M; m += 4) kernel_4(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
+    for (; m + 2 <= M; m += 2) kernel_2(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
+    for (; m < M; m++) kernel_1(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
+  }
+}
+
+/* e^x for a block: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error below 2e-7 */
+static inline vkb exp_block(vkb x) {
+  const vkb lo = (vkb){0} - 87.0f; /* scores are at most 0 here: the maximum was taken off */
+  const ikb low = x < lo;
+  x = (vkb)((low & (ikb)lo) | (~low & (ikb)x));
+  const ikb whole = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ikb); /* nearest: x <= 0, and it truncates */
+  const vkb n = __builtin_convertvector(whole, vkb);
+  const vkb r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vkb p = r * 1.3981999507e-3f + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (vkb)((whole + 127) << 23);
+}
+
+static float dot_self(const float *x, int n) {
+  float sum = 0;
+  for (int i = 0; i < n; i++) sum += x[i] * x[i];
+  return sum;
+}
+
+static void rms(const float *x, int n, float *y) {
+  const float scale = 1.0f / sqrtf(dot_self(x, n) / n + EPS);
+  for (int i = 0; i < n; i++) y[i] = x[i] * scale;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+/* raw [P] -> pre [n], post [n], comb [n, n] (comb[j][k] = H_res[k][j]) */
+static void coefficients(const Hyper *h, const Shape *s, const float *x, float *raw, float *pre, float *post,
+                         float *comb) {
+  const int n = s->streams, square = n * n;
+  int residual = square;
+  if (!s->sinkhorn) {
+    residual = 1;
+    for (int i = 2; i <= n; i++) residual *= i;
+  }
+  const float inverse = 1.0f / sqrtf(dot_self(x, n * s->channels) / (n * s->channels) + EPS);
+  for (int i = 0; i < n; i++) {
+    pre[i] = sigmoid(raw[i] * inverse * h->alpha[0] + h->bias[i]);
+    post[i] = 2.0f * sigmoid(raw[n + i] * inverse * h->alpha[1] + h->bias[n + i]);
+  }
+  float *w = raw + 2 * n, top = -INFINITY, sum = 0;
+  for (int i = 0; i < residual; i++) w[i] = w[i] * inverse * h->alpha[2] + h->bias[2 * n + i];
+  if (!s->sinkhorn) {
+    for (int i = 0; i < residual; i++) top = w[i] > top ? w[i] : top;
+    for (int i = 0; i < residual; i++) sum += w[i] = expf(w[i] - top);
+    memset(comb, 0, square * sizeof(float));
+    for (int i = 0; i < residual; i++) {
+      const float p = w[i] / sum;
+      for (int e = 0; e < square; e++) comb[e] += p * h->table[i * square + e];
+    }
+    return;
+  }
+  for (int j = 0; j < n; j++) {
+    float *row = w + j * n;
+    top = -INFINITY, sum = 0;
+    for (int k = 0; k < n; k++) top = row[k] > top ? row[k] : top;
+    for (int k = 0; k < n; k++) sum += row[k] = expf(row[k] - top);
+    for (int k = 0; k < n; k++) comb[j * n + k] = row[k] / sum + EPS;
+  }
+  for (int round = 0; round < s->sinkhorn; round++) {
+    if (round)
+      for (int j = 0; j < n; j++) {
+        sum = EPS;
+        for (int k = 0; k < n; k++) sum += comb[j * n + k];
+        for (int k = 0; k < n; k++) comb[j * n + k] /= sum;
+      }
+    for (int k = 0; k < n; k++) {
+      sum = EPS;
+      for (int j = 0; j < n; j++) sum += comb[j * n + k];
+      for (int j = 0; j < n; j++) comb[j * n + k] /= sum;
+    }
+  }
+}
+
+/* Streams x [M, n, C] -> normed input of the sublayer y [M, C]; keeps post and comb. One stream: y = norm(x). */
+static void read_streams(const Hyper *h, const Shape *s, const float *x, int M, float *raw, int P, float *y,
+                         float *post, float *comb) {
+  const int n = s->streams, C = s->channels;
+  if (n == 1) {
+    for (int m = 0; m < M; m++) rms(x + (int64_t)m * C, C, y + (int64_t)m * C);
+    return;
+  }
+  matmul(x, n * C, M, h->phi, P, n * C, raw, P);
+  float pre[16];
+  for (int m = 0; m < M; m++) {
+    const float *row = x + (int64_t)m * n * C;
+    float *to = y + (int64_t)m * C;
+    coefficients(h, s, row, raw + (int64_t)m * P, pre, post + m * n, comb + m * n * n);
+    for (int c = 0; c < C; c++) to[c] = pre[0] * row[c];
+    for (int j = 1; j < n; j++)
+      for (int c = 0; c < C; c++) to[c] += pre[j] * row[j * C + c];
+    rms(to, C, to);
+  }
+}
+
+/* x[k] = sum_j comb[j][k] x[j] + post[k] z, in place; old [n, C] is scratch */
+static void write_streams(const Shape *s, float *x, int M, const float *z, const float *post, const float *comb,
+                          float *old) {
+  const int n = s->streams, C = s->channels;
+  for (int m = 0; m < M; m++) {
+    float *row = x + (int64_t)m * n * C;
+    const float *add = z + (int64_t)m * C;
+    if (n == 1) {
+      for (int c = 0; c < C; c++) row[c] += add[c];
+      continue;
+    }
+    memcpy(old, row, sizeof(float) * n * C);
+    for (int k = 0; k < n; k++) {
+      float *to = row + k * C;
+      const float p = post[m * n + k];
+      for (int c = 0; c < C; c++) to[c] = p * add[c];
+      for (int j = 0; j < n; j++) {
+        const float w = comb[(m * n + j) * n + k];
+        for (int c = 0; c < C; c++) to[c] += w * old[j * C + c];
+      }
+    }
+  }
+}
+
+static void rotate(float *x, const float *table, int half) {
+  for (int i = 0; i < half; i++) {
+    const float a = x[i], b = x[half + i], cos = table[i], sin = table[half + i];
+    x[i] = a * cos - b * sin;
+    x[half + i] = a * sin + b * cos;
+  }
+}
+
+typedef struct { /* one head of one row: keys [length/KB][D][KB], values [length][D] */
+  const float *keys, *values;
+  int length;
+} Head;
+
+/* Bring a block of keys and its values, KB positions each, nearer to the processor. */
+static inline void prefetch(const Head *head, int block, int D) {
+  if (block * KB >= head->length) return;
+  const char *k = (const char *)(head->keys + (int64_t)block * D * KB);
+  const char *v = (const char *)(head->values + (int64_t)block * D * KB);
+  for (int i = 0; i < D * KB * 4; i += 64) {
+    __builtin_prefetch(k + i);
+    __builtin_prefetch(v + i);
+  }
+}
+
+/* scores [blocks * KB] = q . keys: four blocks at a time, because one sum alone waits for itself */
+static void score(const float *q, const Head *head, const Head *next, int blocks, int D, float *scores) {
+  const float scale = 1.0f / sqrtf((float)D);
+  int b = 0;
+  for (; b + 4 <= blocks; b += 4) {
+    const float *k = head->keys + (int64_t)b * D * KB;
+    vkb s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+    for (int d = 0; d < D; d++) {
+      s0 += q[d] * *(const vkb *)(k + d * KB);
+      s1 += q[d] * *(const vkb *)(k + (D + d) * KB);
+      s2 += q[d] * *(const vkb *)(k + (2 * D + d) * KB);
+      s3 += q[d] * *(const vkb *)(k + (3 * D + d) * KB);
+    }
+    *(vkb *)(scores + b * KB) = s0 * scale;
+    *(vkb *)(scores + (b + 1) * KB) = s1 * scale;
+    *(vkb *)(scores + (b + 2) * KB) = s2 * scale;
+    *(vkb *)(scores + (b + 3) * KB) = s3 * scale;
+    for (int i = 0; i < 4; i++) prefetch(next, b + i, D);
+  }
+  for (; b < blocks; b++) {
+    const float *k = head->keys + (int64_t)b * D * KB;
+    vkb s0 = {0};
+    for (int d = 0; d < D; d++) s0 += q[d] * *(const vkb *)(k + d * KB);
+    *(vkb *)(scores + b * KB) = s0 * scale;
+    prefetch(next, b, D);
+  }
+}
+
+/* o [D] = sum_t p[t] values[t]: four positions at a time, KB channels at a time where D allows it */
+static void blend(const float *p, const Head *head, int D, float *o) {
+  const int length = head->length;
+  int d = 0;
+  for (; d + KB <= D; d += KB) {
+    const float *v = head->values + d;
+    vkb s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+    int t = 0;
+    for (; t + 4 <= length; t += 4) {
+      s0 += p[t] * *(const vkb *)(v + (int64_t)t * D);
+      s1 += p[t + 1] * *(const vkb *)(v + (int64_t)(t + 1) * D);
+      s2 += p[t + 2] * *(const vkb *)(v + (int64_t)(t + 2) * D);
+      s3 += p[t + 3] * *(const vkb *)(v + (int64_t)(t + 3) * D);
+    }
+    for (; t < length; t++) s0 += p[t] * *(const vkb *)(v + (int64_t)t * D);
+    *(vkb *)(o + d) = (s0 + s1) + (s2 + s3);
+  }
+  for (; d < D; d++) {
+    float sum = 0;
+    for (int t = 0; t < length; t++) sum += p[t] * head->values[(int64_t)t * D + d];
+    o[d] = sum;
+  }
+}
+
+/* One query of one head: q [D] -> o [D]; scores has room for the length rounded up to KB; `next` comes after it */
+static void attend(const float *q, const Head *head, const Head *next, int D, float *scores, float *o) {
+  const int length = head->length, blocks = (length + KB - 1) / KB;
+  score(q, head, next, blocks, D, scores);
+  for (int t = length; t < blocks * KB; t++) scores[t] = -INFINITY;
+  vkb high = *(vkb *)scores, total = {0};
+  for (int b = 1; b < blocks; b++) {
+    const vkb s = *(vkb *)(scores + b * KB);
+    const ikb more = s > high;
+    high = (vkb)((more & (ikb)s) | (~more & (ikb)high));
+  }
+  float top = high[0], sum = 0;
+  for (int i = 1; i < KB; i++) top = high[i] > top ? high[i] : top;
+  for (int b = 0; b < blocks; b++) {
+    vkb e = exp_block(*(vkb *)(scores + b * KB) - top);
+    if (b == blocks - 1)
+      for (int i = length - b * KB; i < KB; i++) e[i] = 0;
+    total += e;
+    *(vkb *)(scores + b * KB) = e;
+  }
+  for (int i = 0; i < KB; i++) sum += total[i];
+  blend(scores, head, D, o);
+  const float inverse = 1.0f / sum;
+  for (int d = 0; d < D; d++) o[d] *= inverse;
+}
+
+typedef struct { /* activations of a group of M tokens */
+  float *x, *y, *z, *wide, *raw, *post, *comb, *scores, *near;
+  int32_t *slot, *place;
+} Scratch;
+
+static int coefficient_count(const Shape *s) {
+  int residual = 1;
+  for (int i = 2; i <= s->streams; i++) residual *= i;
+  return 2 * s->streams + (s->sinkhorn ? s->streams * s->streams : residual);
+}
+
+static void *carve(char **at, int64_t bytes) {
+  void *p = *at;
+  *at += (bytes + 63) / 64 * 64;
+  return p;
+}
+
+static int scratch_new(Scratch *w, const Shape *s, int M, int64_t capacity) {
+  const int64_t C = s->channels, n = s->streams, P = coefficient_count(s);
+  const int64_t width = 3 * C > s->ffn * C ? 3 * C : s->ffn * C, deep = s->before * C;
+  char *at = NULL;
+  for (int pass = 0; pass < 2; pass++) {
+    if (pass) {
+      char *base = aligned_alloc(64, ((int64_t)(intptr_t)at + 63) / 64 * 64);
+      if (!base) return 0;
+      at = base;
+    }
+    w->x = carve(&at, 4 * M * n * C);
+    w->y = carve(&at, 4 * M * C);
+    w->z = carve(&at, 4 * M * C);
+    w->wide = carve(&at, 4 * M * width);
+    w->raw = carve(&at, 4 * M * P);
+    w->post = carve(&at, 4 * M * n);
+    w->comb = carve(&at, 4 * M * n * n);
+    w->scores = carve(&at, 4 * (capacity + KB));
+    w->near = carve(&at, 4 * (M * deep > n * C ? M * deep : n * C)); /* also the old streams of one token */
+    w->slot = carve(&at, 4 * M);
+    w->place = carve(&at, 4 * M);
+  }
+  return 1;
+}
+
+static void attention(const Model *model, const Layer *layer, Cache *cache, int index, Scratch *w, int M) {
+  const Shape *s = &model->s;
+  const int C = s->channels, H = s->heads, D = C / H;
+  const int64_t S = cache->capacity, head = S * D;
+  matmul(w->y, C, M, layer->qkv, 3 * C, C, w->wide, 3 * C);
+  for (int m = 0; m < M; m++) {
+    float *row = w->wide + (int64_t)m * 3 * C;
+    const float *table = model->rope + (int64_t)w->place[m] * D;
+    for (int h = 0; h < H; h++) {
+      float *q = row + h * D, *k = row + C + h * D, *v = row + 2 * C + h * D;
+      rms(q, D, q);
+      rms(k, D, k);
+      rotate(q, table, D / 2);
+      rotate(k, table, D / 2);
+      for (int d = 0; d < D; d++) q[d] *= layer->gain[h];
+      const int64_t base = (((int64_t)index * cache->slots + w->slot[m]) * H + h) * head;
+      const int at = w->place[m];
+      float *block = cache->keys + base + (int64_t)(at / KB) * D * KB + at % KB;
+      for (int d = 0; d < D; d++) block[d * KB] = k[d];
+      memcpy(cache->values + base + (int64_t)at * D, v, sizeof(float) * D);
+    }
+  }
+  for (int i = 0; i < M * H; i++) {
+    Head both[2]; /* this head and the next one */
+    for (int j = 0; j < 2; j++) {
+      const int at = i + j < M * H ? i + j : i, m = at / H;
+      const int64_t base = (((int64_t)index * cache->slots + w->slot[m]) * H + at % H) * head;
+      both[j] = (Head){cache->keys + base, cache->values + base, w->place[m] + 1};
+    }
+    const int64_t m = i / H, h = i % H;
+    attend(w->wide + m * 3 * C + h * D, &both[0], &both[1], D, w->scores, w->z + m * C + h * D);
+  }
+  matmul(w->z, C, M, layer->out, C, C, w->y, C);
+}
+
+static void inputs(const Model *model, Cache *cache, Scratch *w, int rows, const int32_t *slots, const int32_t *counts,
+                   const int32_t *ids) {
+  const Shape *s = &model->s;
+  const int C = s->channels, K = s->before;
+  int m = 0;
+  for (int r = 0; r < rows; r++) {
+    int32_t *line = cache->ids + (int64_t)slots[r] * cache->capacity;
+    for (int t = 0; t < counts[r]; t++, m++) {
+      const int at = cache->lengths[slots[r]] + t;
+      w->slot[m] = slots[r];
+      w->place[m] = at;
+      line[at] = ids[m];
+      float *near = w->near + (int64_t)m * K * C;
+      for (int k = 1; k <= K; k++, near += C)
+        if (at >= k)
+          memcpy(near, model->embed + (int64_t)line[at - k] * C, sizeof(float) * C);
+        else
+          memset(near, 0, sizeof(float) * C);
+    }
+  }
+  matmul(w->near, K * C, m, model->before, C, K * C, w->y, C);
+  for (int i = 0; i < m; i++) {
+    float *y = w->y + (int64_t)i * C;
+    const float *e = model->embed + (int64_t)ids[i] * C;
+    for (int c = 0; c < C; c++) y[c] += e[c];
+    rms(y, C, y);
+    for (int j = 0; j < s->streams; j++) memcpy(w->x + ((int64_t)i * s->streams + j) * C, y, sizeof(float) * C);
+  }
+}
+
+static void collapse(const Shape *s, const float *x, float *to) {
+  const int n = s->streams, C = s->channels;
+  for (int c = 0; c < C; c++) to[c] = x[c];
+  for (int j = 1; j < n; j++)
+    for (int c = 0; c < C; c++) to[c] += x[j * C + c];
+  if (n > 1)
+    for (int c = 0; c < C; c++) to[c] *= 1.0f / n;
+}
+
+/* A group of rows through the net. logits [rows, V] of each row's last token, or of every token where `every`; taps
+   [rows, L, C] of each row's last token; either may be NULL. */
+static void group(const Model *model, Cache *cache, Scratch *w, int rows, const int32_t *slots, const int32_t *counts,
+                  const int32_t *ids, int M, int every, float *logits, float *taps) {
+  const Shape *s = &model->s;
+  const int C = s->channels, n = s->streams, P = coefficient_count(s), F = s->ffn * C;
+  inputs(model, cache, w, rows, slots, counts, ids);
+  for (int l = 0; l < s->layers; l++) {
+    const Layer *layer = &model->layer[l];
+    read_streams(&layer->hyper[0], s, w->x, M, w->raw, P, w->y, w->post, w->comb);
+    attention(model, layer, cache, l, w, M);
+    write_streams(s, w->x, M, w->y, w->post, w->comb, w->near);
+    read_streams(&layer->hyper[1], s, w->x, M, w->raw, P, w->y, w->post, w->comb);
+    matmul(w->y, C, M, layer->up, F, C, w->wide, F);
+    for (int64_t i = 0; i < (int64_t)M * F; i++) w->wide[i] = w->wide[i] > 0 ? w->wide[i] * w->wide[i] : 0.0f;
+    matmul(w->wide, F, M, layer->down, C, F, w->z, C);
+    write_streams(s, w->x, M, w->z, w->post, w->comb, w->near);
+    if (taps)
+      for (int r = 0, m = -1; r < rows; r++) {
+        m += counts[r];
+        collapse(s, w->x + (int64_t)m * n * C, taps + ((int64_t)r * s->layers + l) * C);
+      }
+  }
+  if (logits) {
+    int kept = 0;
+    for (int r = 0, m = -1; r < rows; r++)
+      for (int t = 1; t <= counts[r]; t++) {
+        m++;
+        if (!every && t < counts[r]) continue;
+        float *to = w->z + (int64_t)kept++ * C;
+        collapse(s, w->x + (int64_t)m * n * C, to);
+        rms(to, C, to);
+      }
+    matmul(w->z, C, kept, model->unembed, s->vocab, C, logits, s->vocab);
+  }
+  for (int r = 0; r < rows; r++) cache->lengths[slots[r]] += counts[r];
+}
+
+static int part(const Model *model, Cache *cache, int rows, const int32_t *slots, const int32_t *counts,
+                const int32_t *ids, int every, float *logits, float *taps) {
+  int r = 0;
+  int64_t most = 0, held = 0;
+  for (int i = 0; i < rows; i++) { /* the largest group that the loop below makes */
+    held = held && held + counts[i] > GROUP ? counts[i] : held + counts[i];
+    most = held > most ? held : most;
+  }
+  Scratch w;
+  if (!scratch_new(&w, &model->s, (int)most, cache->capacity)) return 0;
+  while (r < rows) {
+    int end = r, M = 0;
+    while (end < rows && (end == r || M + counts[end] <= GROUP)) M += counts[end++];
+    group(model, cache, &w, end - r, slots + r, counts + r, ids, M, every, logits, taps);
+    if (logits) logits += (int64_t)(every ? M : end - r) * model->s.vocab;
+    if (taps) taps += (int64_t)(end - r) * model->s.layers * model->s.channels;
+    ids += M;
+    r = end;
+  }
+  free(w.x);
+  return 1;
+}
+
+/* R rows: slots [R] (all different), counts [R] >= 1 new tokens each, ids flat; see `group` for the rest.
+   Returns 0 when memory ran out. */
+int gn_step(const Model *model, Cache *cache, int rows, const int32_t *slots, const int32_t *counts, const int32_t *ids,
+            int every, float *logits, float *taps, int threads) {
+  int64_t total = 0;
+  for (int r = 0; r < rows; r++) total += counts[r];
+  if (threads > rows) threads = rows;
+  if (threads <= 1) return part(model, cache, rows, slots, counts, ids, every, logits, taps);
+  int good = 1;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) reduction(& : good)
+#endif
+  {
+#ifdef _OPENMP
+    const int me = omp_get_thread_num(), all = omp_get_num_threads();
+#else
+    const int me = 0, all = 1;
+#endif
+    int first = 0;
+    int64_t before = 0; /* rows are dealt in order, about as many tokens to each thread */
+    while (first < rows && before * all < total * me) before += counts[first++];
+    int end = first;
+    int64_t upto = before;
+    while (end < rows && upto * all < total * (me + 1)) upto += counts[end++];
+    if (end > first)
+      good &= part(model, cache, end - first, slots + first, counts + first, ids + before, every,
+                   logits ? logits + (every ? before : first) * model->s.vocab : NULL,
+                   taps ? taps + (int64_t)first * model->s.layers * model->s.channels : NULL);
+  }
+  return good;
+}
