@@ -141,6 +141,49 @@ def violation_rate(used: ArrayLike, effective: ArrayLike) -> float:
     return float(np.mean(u > e)) if len(u) else math.nan
 
 
+# ---- modes, blocks, collapse (budget-rules.md, failures 23-25) ----
+
+
+def mode_rates(thinks: ArrayLike, level: ArrayLike) -> dict[str, float]:
+    """Share of rows that think, per level, and `spread`: the largest share minus the smallest.
+
+    A policy that always or never thinks has spread 0 and one share everywhere: its mode has collapsed.
+    """
+    t, levels = np.asarray(thinks, dtype=np.float64), np.asarray(level)
+    assert len(t) == len(levels), f"columns of different length: {len(t)} and {len(levels)}"
+    rates = {str(key): float(t[levels == key].mean()) for key in np.unique(levels)}
+    return rates | {"spread": max(rates.values()) - min(rates.values()) if rates else math.nan}
+
+
+def block_states(used: ArrayLike, cut: ArrayLike, opened: ArrayLike | None = None) -> dict[str, int]:
+    """Counts of think blocks that are valid, empty, missing or truncated; every row is in exactly one.
+
+    used: think tokens (or characters). cut: the block was not closed by the model itself. opened: whether there is a
+    block at all (None: always, as where the engine opens it). Accuracy can hold while `valid` goes to zero.
+    """
+    u, c = _pair(used, cut)
+    there = np.ones(len(u), dtype=bool) if opened is None else np.asarray(opened, dtype=bool)
+    truncated = there & (c > 0)
+    empty = there & ~truncated & (u == 0)
+    return {
+        "valid": int((there & ~truncated & ~empty).sum()),
+        "empty": int(empty.sum()),
+        "missing": int((~there).sum()),
+        "truncated": int(truncated.sum()),
+    }
+
+
+def sharpness(prob: ArrayLike) -> dict[str, float]:
+    """Mean and spread of stated probabilities and the share within .01 of 0 or 1; NaN when empty.
+
+    Confidence that collapses to 1.0 has `sd` near 0 and `saturated` near 1, whatever the calibration error says.
+    """
+    p = np.asarray(prob, dtype=np.float64).ravel()
+    if not len(p):
+        return {"mean": math.nan, "sd": math.nan, "saturated": math.nan}
+    return {"mean": float(p.mean()), "sd": float(p.std()), "saturated": float(np.mean((p <= 0.01) | (p >= 0.99)))}
+
+
 # ---- intervals ----
 
 
