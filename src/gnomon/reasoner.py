@@ -21,7 +21,7 @@ from gnomon.metacognition import store
 from gnomon.metacognition.decide import Decider, combine
 from gnomon.model.backbone import Backbone, OwnBackbone
 from gnomon.model.folder import CONFIG, MODEL_TYPE, load_decoder
-from gnomon.model.native.bind import own_backbone
+from gnomon.model.native import own_backbone
 from gnomon.protocol.graph import Graph, to_text
 from gnomon.protocol.trace import Request, Trace
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gnomon.base.errors import DataError
 from gnomon.base.seeds import numpy_generator
 from gnomon.evaluation import metrics
+from gnomon.evaluation.baselines import Scaled
 from gnomon.metacognition.calibration import (
     BudgetClip,
     Card,
@@ -28,6 +29,7 @@ from gnomon.metacognition.calibration import (
     Temperatures,
     clip_tokens,
     first_reaching,
+    scaled,
     sigmoid,
 )
 
@@ -82,43 +84,20 @@ CutDecode = Callable[[Ints, Sequence[str], Ints], tuple[Bools, Floats]]
 def fit_scale(logits: Floats, correct: Bools | Floats) -> tuple[float, float]:
     """(temperature, shift) that minimise the log loss of sigmoid(logit / temperature + shift), Platt (1999).
 
-    Golden section on the logarithm of the temperature in [1/20, 20], the best shift at each by Newton's method. One
-    pseudo-row of either outcome keeps the shift finite. Raises DataError on no rows.
+    The temperature is kept in [1/20, 20]; at a bound the shift matches the mean. One pseudo-row of either outcome keeps
+    the shift finite. Raises DataError on no rows.
     """
     x, y = np.asarray(logits, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if not len(x):
         raise DataError("a temperature needs at least one row")
     x, y = np.append(x, [x.mean(), x.mean()]), np.append(y, [0.0, 1.0])
-
-    def shift(z: Floats) -> float:
-        b = 0.0
-        for _ in range(50):
-            p = sigmoid(z + b)
-            step = float((y - p).sum() / max(float((p * (1 - p)).sum()), 1e-9))
-            b += min(max(step, -2.0), 2.0)
-            if abs(step) < 1e-10:
-                break
-        return b
-
-    def loss(log_t: float) -> float:
-        z = x / math.exp(log_t)
-        z = z + shift(z)
-        return float(np.mean(np.logaddexp(0.0, z) - y * z))
-
-    lo, hi, ratio = -math.log(20.0), math.log(20.0), (math.sqrt(5.0) - 1.0) / 2.0
-    a, b = hi - ratio * (hi - lo), lo + ratio * (hi - lo)
-    fa, fb = loss(a), loss(b)
-    while hi - lo > 1e-5:
-        if fa <= fb:
-            hi, b, fb = b, a, fa
-            a = hi - ratio * (hi - lo)
-            fa = loss(a)
-        else:
-            lo, a, fa = a, b, fb
-            b = lo + ratio * (hi - lo)
-            fb = loss(b)
-    found = math.exp((lo + hi) / 2.0)
-    return found, shift(x / found)
+    found = Scaled.fit(x, y)
+    slope = found.slope / found.spread
+    if 1 / 20 <= slope <= 20:
+        return 1.0 / slope, found.offset - slope * found.centre
+    temperature = 20.0 if slope < 1 / 20 else 1 / 20
+    mean = float(y.mean())
+    return temperature, math.log(mean / (1.0 - mean)) - found.centre / temperature
 
 
 def conformal_offset(raw: Floats, used: Ints, level: float) -> float:
@@ -299,8 +278,8 @@ def fit_card(
             dataset=dataset,
             stream=stream,
             n=len(plan),
-            before=quality(sigmoid(before / t_before + b_before), point.correct),
-            after=quality(sigmoid(point.conf_after / t_after + b_after), point.correct),
+            before=quality(scaled(before, t_before, b_before), point.correct),
+            after=quality(scaled(point.conf_after, t_after, b_after), point.correct),
         ),
     )
     report = _report(data, plan, point, chosen) | {

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal
 
@@ -76,13 +77,18 @@ class Domain(_Frozen):
             raise ValueError("domain centres and precision disagree about the size of a state")
         return self
 
+    @cached_property
+    def _whitened(self) -> tuple[Floats, Floats]:
+        """A root R of the precision (R Rᵀ) and the centres times R: the distance is Euclidean there."""
+        values, vectors = np.linalg.eigh(np.asarray(self.precision, dtype=np.float64))
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+        return root, np.asarray(self.centres, dtype=np.float64) @ root
+
     def distance(self, states: Floats) -> Floats:
         """States [N, C] of block `layer` -> distance [N] to the nearest centre."""
-        centres, precision = np.asarray(self.centres), np.asarray(self.precision)
-        rows = np.asarray(states, dtype=np.float64)
-        gaps = (rows - centre for centre in centres)
-        square = np.stack([((gap @ precision) * gap).sum(-1) for gap in gaps], axis=1)
-        return np.asarray(np.sqrt(np.maximum(square, 0.0).min(1)))
+        root, centres = self._whitened
+        gaps = (np.asarray(states, dtype=np.float64) @ root)[:, None] - centres
+        return np.asarray(np.sqrt(np.square(gaps).sum(-1).min(1)))
 
 
 class Quality(_Frozen):
@@ -175,8 +181,7 @@ class Card(_Frozen):
 
     def confidence(self, raw: Floats, place: Literal["before", "after"]) -> Floats:
         """Raw logits [N] -> probabilities [N]; temperature and shift of that place, applied once."""
-        logits = np.asarray(raw, dtype=np.float64)
-        return sigmoid(logits / getattr(self.temperature, place) + getattr(self.shift, place))
+        return scaled(raw, getattr(self.temperature, place), getattr(self.shift, place))
 
     def choose_plan(self, probs: Floats) -> NDArray[np.int64]:
         """Probabilities [N, K] (order of `plans`) -> index [N] of the first in cost order reaching the threshold."""
@@ -196,6 +201,11 @@ class Card(_Frozen):
         if predicted_plan is not None and predicted_plan != plan:
             return False
         return plan in self.fitted_plans and not capped_below
+
+
+def scaled(raw: Floats, temperature: float, shift: float) -> Floats:
+    """Raw logits [N] -> probabilities [N]: sigmoid(raw / temperature + shift), Platt (1999)."""
+    return sigmoid(np.asarray(raw, dtype=np.float64) / temperature + shift)
 
 
 def sigmoid(x: Floats) -> Floats:

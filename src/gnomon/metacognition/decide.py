@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from gnomon.base.errors import ModelError, unknown
 from gnomon.metacognition.calibration import Card, Floats, clip_tokens
 from gnomon.metacognition.config import END, PROMPT, THINK_SITE
-from gnomon.metacognition.heads import MetacogHeads, MetacogOutput
+from gnomon.metacognition.heads import MetacogHeads
+from gnomon.metacognition.native import NativeHeads, available
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ class Decision:
     sampling: None = None
 
 
+class Raw(NamedTuple):
+    """What the heads say: plan logits [N, K], budget [N] in log1p(tokens), confidence [N] logit; float64."""
+
+    plan: Floats
+    budget: Floats
+    confidence: Floats
+
+
 class Decider:
     """Implements the engine's metacognition protocol; batched, without gradients, deterministic.
 
@@ -76,11 +86,13 @@ class Decider:
         self.heads = heads.eval()
         self.card = card
         self.plans = heads.config.plans
+        self._native = NativeHeads(self.heads) if available(self.heads) else None  # a copy: heads do not change here
 
     def plan(self, taps: Tensor) -> list[PlanDecision]:
         """taps [B, L, C] at the last prompt token -> one PlanDecision per row."""
-        out = self._read(taps, PROMPT)
-        probs = _numpy(out.plan_logits.softmax(-1))
+        logits = self._read(taps, PROMPT).plan
+        probs = np.exp(logits - logits.max(1, keepdims=True))
+        probs /= probs.sum(1, keepdims=True)
         chosen = probs.argmax(1) if self.card is None else self.card.choose_plan(probs)
         return [
             PlanDecision(self.plans[int(k)], dict(zip(self.plans, map(float, row), strict=True)))
@@ -97,7 +109,7 @@ class Decider:
         self._check(plans, taps)
         wished = list(predicted_plans) if predicted_plans is not None else list(plans)
         out = self._read(taps, THINK_SITE)
-        raw, logits = _numpy(out.budget_raw), _numpy(out.conf_raw)
+        raw, logits = out.budget, out.confidence
         predicted = np.maximum(np.expm1(np.minimum(raw, 16.0)), 0.0)
         if self.card is None:
             clipped = clip_tokens(raw, 0.0)
@@ -133,8 +145,7 @@ class Decider:
         clipped prediction; by default only the plan is judged.
         """
         self._check(plans, taps)
-        out = self._read(taps, END, torch.tensor(list(used), dtype=torch.float32))
-        logits = _numpy(out.conf_raw)
+        logits = self._read(taps, END, torch.tensor(list(used), dtype=torch.float32)).confidence
         if self.card is None:
             return [AfterDecision(None, False, float(r)) for r in logits]
         probs = self.card.confidence(logits, "after")
@@ -155,14 +166,16 @@ class Decider:
         return self.card.domain.threshold
 
     @torch.no_grad()
-    def _read(self, taps: Tensor, site: int, used: Tensor | None = None) -> MetacogOutput:
+    def _read(self, taps: Tensor, site: int, used: Tensor | None = None) -> Raw:
+        if self._native is not None:
+            out = self._native(taps.cpu(), site, used)
+            return Raw(*(x.astype(np.float64) for x in (out.plan_logits, out.budget_raw, out.conf_raw)))
         device = self.heads.layer_index.device
         n = taps.shape[0]
         tokens = torch.zeros(n) if used is None else used
         where = torch.full((n,), site, dtype=torch.int64, device=device)
-        out = self.heads(taps.to(device), where, tokens.to(device))
-        assert isinstance(out, MetacogOutput)
-        return out
+        full = self.heads(taps.to(device), where, tokens.to(device))
+        return Raw(*(_numpy(x) for x in (full.plan_logits, full.budget_raw, full.conf_raw)))
 
     def _check(self, plans: Sequence[str], taps: Tensor) -> None:
         for name in plans:

@@ -10,7 +10,7 @@ from gnomon.attempts import run as attempt
 from gnomon.data.codec import OwnCodec
 from gnomon.data.tokenizer import Tokenizer
 from gnomon.model.decoder import Decoder
-from gnomon.model.native.bind import own_backbone
+from gnomon.model.native import own_backbone
 from gnomon.reasoner import from_parts
 from gnomon.tasks.procedural import problems
 

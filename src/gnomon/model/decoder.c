@@ -7,30 +7,14 @@
    is in the step, with how a row is cut into steps or with the number of threads. model/decoder.py is the definition;
    tests/model/test_native.py holds this file to it. Rows are dealt to threads, so no thread waits for another.
 
-   Matrices [out, in] are packed as panels of NR outputs, panel[k][NR], so that the inner loop is broadcast times
-   vector. Keys are kept in blocks of KB positions, [block][D][KB], values as [S][D]. */
+   Keys are kept in blocks of KB positions, [block][D][KB], values as [S][D]. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "matrix.h"
 
-#ifdef __AVX512F__
-#define VL 16
-#define MR 8
-#else
-#define VL 8
-#define MR 4
-#endif
-#define NR (2 * VL)
 #define KB 16
 #define EPS 1e-6f
 #define GROUP 128 /* tokens that pass through all layers together: their activations stay in the caches */
 
-typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef float vkb __attribute__((vector_size(KB * 4), aligned(4), may_alias));
 typedef int32_t ikb __attribute__((vector_size(KB * 4)));
 
@@ -59,69 +43,7 @@ typedef struct { /* keys [L, slots, H, S/KB, D, KB], values [L, slots, H, S, D],
   int64_t slots, capacity; /* capacity: a multiple of KB */
 } Cache;
 
-static int panels(int outputs) { return (outputs + NR - 1) / NR; }
-
-int64_t gn_packed_size(int outputs, int inputs) { return (int64_t)panels(outputs) * NR * inputs; }
-
-/* w [outputs, inputs] with any strides -> panels, rows beyond `outputs` zero */
-void gn_pack(const float *w, int64_t row_stride, int64_t column_stride, int outputs, int inputs, float *to) {
-  for (int p = 0; p < panels(outputs); p++)
-    for (int k = 0; k < inputs; k++)
-      for (int j = 0; j < NR; j++) {
-        int o = p * NR + j;
-        *to++ = o < outputs ? w[o * row_stride + k * column_stride] : 0.0f;
-      }
-}
-
 int64_t gn_model_size(const Shape *s) { return sizeof(Model) + sizeof(Layer) * (int64_t)s->layers; }
-
-#define KERNEL(M)                                                                                        \
-  static void kernel_##M(const float *x, int64_t ldx, const float *panel, int inputs, float *y, int64_t ldy, \
-                         int width) {                                                                    \
-    vec a[M], b[M];                                                                                      \
-    for (int m = 0; m < M; m++) a[m] = b[m] = (vec){0};                                                  \
-    for (int k = 0; k < inputs; k++) {                                                                   \
-      const vec w0 = *(const vec *)(panel + (int64_t)k * NR), w1 = *(const vec *)(panel + (int64_t)k * NR + VL); \
-      for (int m = 0; m < M; m++) {                                                                      \
-        const float v = x[m * ldx + k];                                                                  \
-        a[m] += v * w0;                                                                                  \
-        b[m] += v * w1;                                                                                  \
-      }                                                                                                  \
-    }                                                                                                    \
-    for (int m = 0; m < M; m++) {                                                                        \
-      if (width == NR) {                                                                                 \
-        *(vec *)(y + m * ldy) = a[m];                                                                    \
-        *(vec *)(y + m * ldy + VL) = b[m];                                                               \
-      } else {                                                                                           \
-        float both[NR];                                                                                  \
-        memcpy(both, &a[m], VL * 4);                                                                     \
-        memcpy(both + VL, &b[m], VL * 4);                                                                \
-        memcpy(y + m * ldy, both, width * sizeof(float));                                                \
-      }                                                                                                  \
-    }                                                                                                    \
-  }
-KERNEL(1)
-KERNEL(2)
-KERNEL(4)
-#if MR == 8
-KERNEL(8)
-#endif
-
-/* y [M, outputs] = x [M, inputs] times the packed matrix; one accumulator per output, k ascending, whatever M is */
-static void matmul(const float *x, int64_t ldx, int M, const float *packed, int outputs, int inputs, float *y,
-                   int64_t ldy) {
-  for (int p = 0; p < panels(outputs); p++) {
-    const float *panel = packed + (int64_t)p * NR * inputs;
-    const int width = outputs - p * NR < NR ? outputs - p * NR : NR;
-    int m = 0;
-#if MR == 8
-    for (; m + 8 <= M; m += 8) kernel_8(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
-#endif
-    for (; m + 4 <= M; m += 4) kernel_4(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
-    for (; m + 2 <= M; m += 2) kernel_2(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
-    for (; m < M; m++) kernel_1(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
-  }
-}
 
 /* e^x for a block: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error below 2e-7 */
 static inline vkb exp_block(vkb x) {

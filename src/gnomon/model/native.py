@@ -1,4 +1,4 @@
-"""Compile, load and call `decoder.c`. Where no C compiler is found the torch path of `backbone.py` serves instead.
+"""Our decoder on a CPU as one C function per step (`decoder.c`), behind the backbone protocol.
 
 Legend: R rows, L blocks, H heads, S capacity, D head size, V vocabulary.
 """
@@ -6,13 +6,6 @@ Legend: R rows, L blocks, H heads, S capacity, D head size, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import secrets
-import shutil
-import subprocess
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,22 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gnomon.base import native
 from gnomon.base.errors import ModelError
+from gnomon.base.native import Pointer, pointer
 from gnomon.model.backbone import BackboneOutput, Logits, OwnBackbone, Tokens
 from gnomon.model.decoder import Decoder
 from gnomon.model.hyper import HyperConnection
 from gnomon.model.slots import rounded
 
 SOURCE: Final = Path(__file__).with_name("decoder.c")
-SWITCH: Final = "GNOMON_NATIVE"  # 0: never use it
 KEY_BLOCK: Final = 16  # KB of decoder.c
-# No -ffast-math: infinities mark masked scores. Sums may be reordered inside one row, never across rows.
-_FLAGS: Final = (
-    "-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
-    "-fassociative-math",
-)  # fmt: skip
-_EXTRA: Final = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
-_Pointer = ctypes.c_void_p
 _INTS: Final = ("vocab_size", "channels", "layers", "heads", "ffn", "context", "before", "streams", "sinkhorn")
 
 
@@ -45,73 +32,24 @@ class _Shape(ctypes.Structure):
 
 
 class _Hyper(ctypes.Structure):
-    _fields_ = [(name, _Pointer) for name in ("phi", "alpha", "bias", "table")]
+    _fields_ = [(name, Pointer) for name in ("phi", "alpha", "bias", "table")]
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [*((name, _Pointer) for name in ("qkv", "out", "gain", "up", "down")), ("hyper", _Hyper * 2)]
+    _fields_ = [*((name, Pointer) for name in ("qkv", "out", "gain", "up", "down")), ("hyper", _Hyper * 2)]
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [*((name, _Pointer) for name in ("keys", "values", "lengths", "ids")),
+    _fields_ = [*((name, Pointer) for name in ("keys", "values", "lengths", "ids")),
                 ("slots", ctypes.c_int64), ("capacity", ctypes.c_int64)]  # fmt: skip
 
 
-def cache_dir() -> Path:
-    """Where compiled libraries are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "gnomon" / "native"
-
-
-@lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, None where there is no compiler, it fails, or `GNOMON_NATIVE=0` says no."""
-    if os.environ.get(SWITCH) == "0":
-        return None
-    compiler = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
-    for extra in _EXTRA if compiler else ():
-        assert compiler is not None
-        path = _compiled(compiler, (*_FLAGS, *extra))
-        if path is None:
-            continue
-        try:
-            lib = ctypes.CDLL(str(path))
-        except OSError:
-            continue
-        lib.gn_packed_size.restype = lib.gn_model_size.restype = ctypes.c_int64
-        return lib
-    return None
-
-
-def _compiled(compiler: str, flags: tuple[str, ...]) -> Path | None:
-    """The library for this source, compiler and processor: from the cache, or compiled into it."""
-    source = SOURCE.read_bytes()
-    key = hashlib.sha256(source + repr((compiler, flags, platform.machine(), _processor())).encode()).hexdigest()[:20]
-    target = cache_dir() / f"decoder-{key}.so"
-    if target.is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_suffix(f".{secrets.token_hex(4)}.tmp")
-        done = subprocess.run(
-            [compiler, *flags, "-o", str(beside), str(SOURCE), "-lm"], capture_output=True, timeout=120, check=False
-        )
-        if done.returncode == 0:
-            beside.replace(target)
-            return target
-        beside.unlink(missing_ok=True)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return None
-
-
-def _processor() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    """The compiled kernel, None where it cannot be had."""
+    lib = native.library(SOURCE)
+    if lib is not None:
+        lib.gn_model_size.restype = ctypes.c_int64
+    return lib
 
 
 class NativeSlots:
@@ -176,7 +114,7 @@ class NativeBackbone(OwnBackbone):
         if lib is None or not supported(decoder):
             raise ModelError("the compiled kernel cannot run this decoder here; use OwnBackbone")
         self._lib = lib
-        self._kept: list[NDArray[np.float32]] = []  # what the structure below points to
+        self._arrays = native.Arrays(lib)  # what the structure below points to
         self._model = self._build(decoder)
         self._taps = decoder.config.layers, decoder.config.channels
 
@@ -200,9 +138,9 @@ class NativeBackbone(OwnBackbone):
         if taps:
             states = torch.empty((rows, *self._taps))
         done = self._lib.gn_step(
-            self._model, ctypes.byref(cache.struct), rows, _at(slots), _at(counts), _at(ids), int(logits == "all"),
-            None if scores is None else _Pointer(scores.data_ptr()),
-            None if states is None else _Pointer(states.data_ptr()), torch.get_num_threads(),
+            self._model, ctypes.byref(cache.struct), rows, pointer(slots), pointer(counts), pointer(ids),
+            int(logits == "all"), None if scores is None else Pointer(scores.data_ptr()),
+            None if states is None else Pointer(states.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
         if not done:
             raise MemoryError(f"no memory for a step of {len(ids)} tokens")
@@ -224,7 +162,7 @@ class NativeBackbone(OwnBackbone):
                 self._pack(decoder.unembed.weight), self._plain(decoder.rope))  # fmt: skip
 
         class Model(ctypes.Structure):
-            _fields_ = [("shape", _Shape), *((n, _Pointer) for n in ("embed", "before", "unembed", "rope")),
+            _fields_ = [("shape", _Shape), *((n, Pointer) for n in ("embed", "before", "unembed", "rope")),
                         ("layer", _Layer * len(layers))]  # fmt: skip
 
         model = Model(shape, *head, (_Layer * len(layers))(*layers))
@@ -237,25 +175,10 @@ class NativeBackbone(OwnBackbone):
         return _Hyper(self._pack(h.phi.T), self._plain(h.alpha), self._plain(h.bias), table)
 
     def _plain(self, tensor: Tensor) -> int:
-        values = np.ascontiguousarray(tensor.detach().float().numpy())
-        self._kept.append(values)
-        return int(values.ctypes.data)
+        return self._arrays.plain(tensor.detach().float().numpy())
 
     def _pack(self, weight: Tensor) -> int:
-        """weight [out, in] -> panels."""
-        values = weight.detach().float().numpy()
-        outputs, inputs = values.shape
-        size = self._lib.gn_packed_size(outputs, inputs)
-        room = np.empty(size + 16, dtype=np.float32)
-        packed = room[(-room.ctypes.data % 64) // 4 :][:size]  # panels start on a cache line
-        rows, columns = (ctypes.c_int64(s // 4) for s in values.strides)
-        self._lib.gn_pack(_at(values), rows, columns, outputs, inputs, _at(packed))
-        self._kept.append(packed)
-        return int(packed.ctypes.data)
-
-
-def _at(array: NDArray[Any]) -> _Pointer:
-    return _Pointer(array.ctypes.data)
+        return self._arrays.packed(weight.detach().float().numpy())
 
 
 def supported(decoder: Decoder) -> bool:
