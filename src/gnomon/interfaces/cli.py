@@ -11,7 +11,7 @@ from cyclopts import App, CycloptsError, Group
 from gnomon import __version__
 from gnomon.base.errors import GnomonError
 from gnomon.interfaces import console
-from gnomon.interfaces.commands import asking, data, measure, runs, train, validate
+from gnomon.interfaces.commands import asking, check, data, measure, runs, train, validate
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -48,6 +48,9 @@ def build() -> App:
     app.command(measure.evaluate, group=_MEASURE)
     app.command(measure.sweep, group=_MEASURE)
     app.command(validate.validate, group=_LOOK)
+    checks = App(name="check", group=_LOOK, help="Black-box tests of a model: does it keep its think budget?")
+    checks.command(check.budget)
+    app.command(checks)
     app.command(runs.report, group=_LOOK)
     app.command(runs.runs, group=_LOOK)
     return app
