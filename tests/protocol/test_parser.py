@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,3 +151,79 @@ def test_segment_gives_spans_masks_and_kinds() -> None:
 def test_segment_names_record_and_reason(text: str, reason: str) -> None:
     with pytest.raises(DataError, match=f"record 17: .*{reason}"):
         segment(text, 17)
+
+
+# -- streams of text, of ids and of bytes ---------------------------------------------------------------------------
+IDS = (7, 12, 1, 30, 12, 13, 31, 12, 13, 2, 12, 3, 30, 12, 12, 13, 4)  # plan, think, answer; begun tags inside both
+
+
+def chunks(symbols: str | tuple[int, ...], size: int, make: Callable[[], Splitter[Any]]) -> list[Piece]:
+    """The pieces of a stream in chunks of `size`, the flushed end included."""
+    splitter = make()
+    pieces = [piece for at in range(0, len(symbols), size) for piece in splitter.feed(symbols[at : at + size])]
+    return pieces + splitter.close()
+
+
+def joined(pieces: list[Piece]) -> list[tuple[str, tuple[Any, ...]]]:
+    """Pieces with neighbours of one place joined: what a reader of the stream has at the end."""
+    out: list[tuple[str, tuple[Any, ...]]] = []
+    for place, data in pieces:
+        if out and out[-1][0] == place:
+            out[-1] = (place, (*out[-1][1], *data))
+        else:
+            out.append((place, tuple(data)))
+    return out
+
+
+@pytest.mark.parametrize("size", range(1, 17))
+def test_text_in_chunks_of_any_size_cut_anywhere_reads_like_the_whole(size: int) -> None:
+    for start, bare in (("outside", False), ("think", True), ("answer", True)):
+        make = lambda start=start, bare=bare: text_splitter(start, bare)  # noqa: E731
+        for end in range(len(WHOLE) + 1):
+            assert joined(chunks(WHOLE[:end], size, make)) == joined(chunks(WHOLE[:end], len(WHOLE), make))
+
+
+@pytest.mark.parametrize("size", range(1, 17))
+def test_ids_in_chunks_of_any_size_cut_anywhere_read_like_the_whole(size: int) -> None:
+    make = lambda: token_splitter(LAYOUT)  # noqa: E731
+    for end in range(len(IDS) + 1):
+        assert joined(chunks(IDS[:end], size, make)) == joined(chunks(IDS[:end], len(IDS), make))
+    assert joined(chunks(IDS, size, make)) == [("think", (30, 12, 13, 31)), ("answer", (30, 12))]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_every_split_of_every_tag_is_held_and_a_tag_cut_at_the_end_is_flushed_as_text(tag: str) -> None:
+    meaning = {"outside": TAGS, "think": (END_THINK,), "answer": (THINK, END_THINK, ANSWER, END_ANSWER)}
+    for place, tags in meaning.items():
+        for cut in range(1, len(tag)):
+            begun = text_splitter(place)  # type: ignore[arg-type]
+            early = begun.feed("x" + tag[:cut])
+            if any(other.startswith(tag[:cut]) for other in tags):
+                assert joined(early) == [(place, ("x",))], "nothing of a begun tag leaves"
+            assert joined(early + begun.close()) == [(place, tuple("x" + tag[:cut]))], "and nothing of it is lost"
+            whole, parted = text_splitter(place), text_splitter(place)  # type: ignore[arg-type]
+            late = [*parted.feed("x" + tag[:cut]), *parted.feed(tag[cut:] + "y"), *parted.close()]
+            assert joined(late) == joined([*whole.feed(f"x{tag}y"), *whole.close()])
+            assert (parted.place, parted.blocks, parted.truncated) == (whole.place, whole.blocks, whole.truncated)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple), min_size=4, max_size=4, unique=True),
+    st.lists(st.integers(0, 3), max_size=50),
+    st.integers(1, 16),
+)
+def test_tags_of_any_ids_stream_like_the_whole(tags: list[tuple[int, ...]], ids: list[int], size: int) -> None:
+    layout = Layout(tags[0], tags[1], tags[2], tags[3], {"steps": ()}, (9,), 8)
+    make = lambda: token_splitter(layout)  # noqa: E731
+    assert joined(chunks(tuple(ids), size, make)) == joined(chunks(tuple(ids), max(1, len(ids)), make))
+
+
+def test_a_truncated_stream_never_shows_an_answer_wherever_it_is_cut() -> None:
+    first, last = WHOLE.index(THINK) + len(THINK), WHOLE.index(ANSWER) + len(ANSWER)
+    for size in range(1, 17):
+        for end in range(first, last):
+            pieces = chunks(WHOLE[:end], size, text_splitter)
+            assert not [p for p in pieces if p.place == "answer"]
+            got = collect(pieces, stream(WHOLE[:end], [])[1])
+            assert got.answer == "" and got.truncated is (end < WHOLE.index(END_THINK) + len(END_THINK))
