@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from gnomon.base import seeds
 from gnomon.data.encode import encode_record
@@ -32,6 +34,17 @@ class Said:
     confidence: float | None = 0.5
     calibrated: bool = True
     raw: float = 0.0
+    remaining: float = 0.0
+    upper: int = 0
+
+
+class Layer:
+    """The stand-in's base: a layer that says nothing at boundaries."""
+
+    reads_boundaries = False
+
+    def running(self, taps: Tensor, plans: Sequence[str], used: Sequence[int]) -> list[Said]:
+        raise AssertionError("this layer must not be asked at boundaries")
 
 
 def tokenizer() -> Tokenizer:

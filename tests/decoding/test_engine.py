@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.decoding.tiny import ATOMIC, TEXT, Expected, Tiny, oracle
-from tests.own import Said
+from tests.own import Layer, Said
 from torch import Tensor
 
 from gnomon.base import seeds
@@ -183,7 +183,7 @@ def test_cancel_stops_one_request_and_says_user() -> None:
     assert tuple(c.token for c in seen if c.id == "b") == b.ids
 
 
-class Heads:
+class Heads(Layer):
     """Says what its taps say, so that a wrong row or position shows."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 from tests.decoding.tiny import ATOMIC, TEXT, Tiny
-from tests.own import Said
+from tests.own import Layer, Said
 from torch import Tensor
 
 from gnomon.base import seeds
@@ -68,7 +68,7 @@ def asked(n: int, temperature: float = 1.0, **options: object) -> list[Request]:
     return out
 
 
-class Layer:
+class Sure(Layer):
     """Predicts `clipped` think tokens; how sure it is after thinking depends on the state it reads."""
 
     def __init__(self, clipped: int) -> None:
@@ -199,7 +199,7 @@ def test_a_total_is_spent_to_the_last_token_by_paths_that_never_stop() -> None:
 
 
 def test_a_budget_below_the_prediction_keeps_it_and_none_stays_unpredicted() -> None:
-    tiny = engine({2: -60.0, 5: -60.0}, Layer(3))
+    tiny = engine({2: -60.0, 5: -60.0}, Sure(3))
     for budget, share in (("predicted", 3), (None, 5), (9, 3)):
         found = self_consistency(tiny, asked(1, budget=budget)[0], 4, read=ids, rounds=0, total=20)
         assert [t.used for t in found.traces] == [share] * 4, budget
@@ -233,7 +233,7 @@ def test_without_a_layer_the_best_path_has_the_highest_answer_logprob() -> None:
 
 
 def test_a_layer_scores_by_confidence_calibrated_where_all_are() -> None:
-    layer = Layer(12)
+    layer = Sure(12)
     found = best_of_n(engine(metacog=layer), asked(1, budget=None)[0], 6, read=ids)
     assert found.scored_by == "confidence" and found.trace.answered
     assert found.trace.confidence_after == max(s for s, t in zip(found.scores, found.traces, strict=True) if t.answered)

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 from tests import own
-from tests.own import Said
+from tests.own import Layer, Said
 from torch import Tensor
 
 from gnomon.base import seeds
@@ -26,7 +26,7 @@ from gnomon.protocol.trace import Request, Trace
 CONTEXT = 144
 
 
-class Guesses:
+class Guesses(Layer):
     """A metacognitive layer that predicts anything from nothing to far above the context, out of the states."""
 
     def plan(self, taps: Tensor) -> list[Said]:

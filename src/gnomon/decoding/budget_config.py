@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from gnomon.base.errors import BudgetError, TagError
 from gnomon.protocol.match import matcher
 from gnomon.protocol.tags import StopCause
-
-Scope = Literal["block", "turn", "tool_loop", "session"]
+from gnomon.protocol.trace import Scope
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gnomon.base.errors import ConfigError, GnomonError
 from gnomon.decoding.room import Room, allot, check_prefix
-from gnomon.decoding.row import AfterChoice, BudgetChoice, Decode, Row, Sink
+from gnomon.decoding.row import AfterChoice, BudgetChoice, Decode, Row, RunningChoice, Sink
 from gnomon.decoding.session import Session
+from gnomon.decoding.slack import Rules
 from gnomon.model.backbone import Backbone
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.trace import Request, Trace
@@ -32,6 +33,10 @@ class PlanChoice(Protocol):
 class Metacog(Protocol):
     """The decisions the engine asks for (gnomon.metacognition.decide.Decider). Taps are float32 [B, L, C]."""
 
+    @property
+    def reads_boundaries(self) -> bool:
+        """Whether `running` may be asked."""
+
     def plan(self, taps: Tensor) -> Sequence[PlanChoice]:
         """At the last prompt token, one per row."""
 
@@ -45,12 +50,17 @@ class Metacog(Protocol):
     ) -> Sequence[AfterChoice]:
         """At the end tag, one per row."""
 
+    def running(self, taps: Tensor, plans: Sequence[str], used: Sequence[int]) -> Sequence[RunningChoice]:
+        """At a boundary between nodes, one per row."""
+
 
 class Engine:
     """Decodes requests in batches of at most `max_batch` rows.
 
     decode: ids -> text for the traces (None leaves texts empty). max_think: bound on thinking where a request names no
-    number (None or "predicted"); an explicit budget is only bound by the context.
+    number (None or "predicted"); an explicit budget is only bound by the context. rules: soft rules for every sample
+    (decoding.slack.factory); they may bring the close nearer, nothing else. running: let the layer estimate again at
+    boundaries, where it has learned to.
     """
 
     def __init__(
@@ -61,11 +71,15 @@ class Engine:
         max_batch: int = 32,
         decode: Decode | None = None,
         max_think: int | None = None,
+        rules: Rules | None = None,
+        running: bool = True,
     ) -> None:
         if max_batch < 1:
             raise ConfigError(f"max_batch must be ≥ 1; given {max_batch}")
         self.backbone, self.layout, self.metacog = backbone, layout, metacog
         self.max_batch, self.decode, self.max_think = max_batch, decode, max_think
+        self.rules = rules
+        self.running = running and metacog is not None and metacog.reads_boundaries
         tags = (layout.think, layout.end_think, *layout.end_think_also)
         self.long_tags = any(len(tag) > 1 for tag in tags)
         self.masks = torch.zeros((2, backbone.vocab_size), device=backbone.device)  # added to logits: think, answer

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from gnomon.decoding.budget import BudgetConfig, BudgetState
+from gnomon.decoding.budget import BudgetState
+from gnomon.decoding.budget_config import BudgetConfig
 from gnomon.decoding.room import Room
+from gnomon.decoding.slack import SoftRule
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.match import matcher
 from gnomon.protocol.tags import Role
@@ -36,6 +38,17 @@ class BudgetChoice(AfterChoice, Protocol):
     def clipped(self) -> int: ...
 
 
+class RunningChoice(Protocol):
+    """What it says at a boundary: the tokens still needed, an upper bound of them, and confidence."""
+
+    @property
+    def remaining(self) -> float: ...
+    @property
+    def upper(self) -> int: ...
+    @property
+    def confidence(self) -> float | None: ...
+
+
 class Row:
     """The running record. The engine calls `begin`, then `take` once per step until `finish` is set."""
 
@@ -63,6 +76,8 @@ class Row:
         "request",
         "roles",
         "room",
+        "rules",
+        "running",
         "sample",
         "sink",
         "source",
@@ -74,8 +89,17 @@ class Row:
         "wished",
     )  # fmt: skip
 
-    def __init__(self, request: Request, sample: int, key: int, order: int, layout: Layout, room: Room) -> None:
-        self.request, self.sample, self.key, self.order = request, sample, key, order
+    def __init__(
+        self,
+        request: Request,
+        sample: int,
+        key: int,
+        order: int,
+        layout: Layout,
+        room: Room,
+        rules: Sequence[SoftRule] = (),
+    ) -> None:
+        self.request, self.sample, self.key, self.order, self.rules = request, sample, key, order, rules
         self.layout, self.room = layout, room
         self.max_answer = room.reserve if request.max_answer_tokens is None else request.max_answer_tokens
         self.ids: list[int] = []
@@ -94,6 +118,7 @@ class Row:
         self.think_start = self.think_end = self.answer_start = self.answer_end = 0
         self.taps: dict[str, Any] = {}
         self.boundaries: list[tuple[int, Any]] = []
+        self.running: list[tuple[int, float, float | None]] = []
         self.tapped = ""  # the site whose state is wanted when the present token is fed
         self.sink: Sink | None = None
         self._answer_rule = matcher(layout.end_answer)
@@ -103,8 +128,14 @@ class Row:
     @property
     def upper(self) -> int:
         """Think tokens at most, known before any prediction."""
+        asked = self._asked
+        return self.room.limit if asked is None else min(asked, self.room.limit)
+
+    @property
+    def _asked(self) -> int | None:
+        """What is left of the number that was asked for."""
         budget = self.request.budget
-        return min(budget, self.room.limit) if isinstance(budget, int) else self.room.limit
+        return max(0, budget - self.request.spent) if isinstance(budget, int) else None
 
     @property
     def need(self) -> int:
@@ -122,29 +153,32 @@ class Row:
 
         A prediction below what was thought before (`think_prefix`) closes the block next, at that number.
         """
-        request, limit = self.request, self.room.limit
-        budget: int | None = request.budget if isinstance(request.budget, int) else None
+        request, limit, asked = self.request, self.room.limit, self._asked
+        predicted = None
+        if before is not None and request.budget is not None and (asked is None or request.use_prediction):
+            predicted = max(before.clipped, len(request.think_prefix))
         self.source = "requested"
-        if before is not None and request.budget is not None:
-            free = isinstance(request.budget, int) and not request.use_prediction
-            if not free and (budget is None or before.clipped <= budget):
-                budget, self.source = max(before.clipped, len(request.think_prefix)), "predicted"
-        if budget is None or budget > limit:
-            self.source = "limit"
-        self.effective = limit if budget is None else min(budget, limit)
-        self.before = before
+        if predicted is not None and (asked is None or predicted <= asked):
+            self.source = "predicted"
         layout = self.layout
         self.state = BudgetState(
             BudgetConfig(
                 think=layout.think,
                 end=layout.end_think,
-                budget=budget,
+                budget=asked,
+                predicted=predicted,
                 limit=limit,
+                scope=request.scope,
                 transition=layout.transition,
                 eos=layout.eos,
                 end_also=layout.end_think_also,
             )
         )
+        given = [n for n in (asked, predicted) if n is not None]
+        if not given or min(given) > limit:
+            self.source = "limit"
+        self.effective = min([*given, limit])
+        self.before = before
         for token in layout.think:
             self.state.advance(token, "forced")
         self.think_start = len(self.ids)
@@ -177,6 +211,18 @@ class Row:
             return self._think(choice, logprob)
         self._answer(choice, logprob)
         return choice
+
+    def estimate(self, choice: RunningChoice) -> None:
+        """A boundary was read: the cap may fall to what is still needed, or rise once by the grant."""
+        state, request = self.state, self.request
+        self.running.append((state.used, choice.remaining, choice.confidence))
+        need = state.used + choice.upper
+        doubtful = choice.confidence is not None and choice.confidence < request.grant_below
+        if doubtful and request.grant and state.cap is not None and need > state.cap:
+            if state.grant(request.grant, self.room.limit):
+                self.effective += state.granted
+        elif request.budget is not None and request.use_prediction:
+            state.lower_cap(need, "confidence")
 
     @property
     def drawn(self) -> int:
@@ -265,6 +311,7 @@ class Row:
             budget_source=self.source,
             used=state.used,
             forced=state.forced,
+            scope=request.scope,
             think=decode(think).strip() if decode is not None else "",
             answer=decode(answer).strip() if decode is not None else "",
             answer_tokens=len(answer),
@@ -279,4 +326,6 @@ class Row:
             resumed=len(request.think_prefix),
             taps=self.taps if record_taps else None,
             boundaries=self.boundaries or None,
+            running=tuple(self.running),
+            granted=state.granted,
         )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gnomon.decoding import sampling
+from gnomon.decoding import sampling, slack
 from gnomon.decoding.row import BudgetChoice, Row, Sink
 from gnomon.model.slots import SlotCache
 from gnomon.protocol.trace import Request, Trace
@@ -70,7 +70,8 @@ class Session:
         found = []
         for sample in range(request.n):
             key = sampling.stream_key(request.seed, request.id, sample)
-            row = Row(request, sample, key, self._ordered, self.layout, room)
+            rules = () if self.engine.rules is None else self.engine.rules(request)
+            row = Row(request, sample, key, self._ordered, self.layout, room, rules)
             row.sink = self.sink
             self._ordered += 1
             found.append(row)
@@ -92,9 +93,15 @@ class Session:
             return False
         assert self.logits is not None
         self._ban(self.logits)
+        leaning = self._soften(self.logits) if self.engine.rules is not None else []
         steps = np.fromiter((r.drawn for r in self.rows), dtype=np.uint64, count=len(self.rows))
-        ids, logprobs = sampling.sample(self.logits, self._sampling(), steps)
-        tokens = self._take(ids.tolist(), logprobs.tolist())
+        found = sampling.sample(self.logits, self._sampling(), steps)
+        ids, logprobs = found[0].tolist(), found[1].tolist()
+        for i, look, margin in leaning:
+            state = self.rows[i].state
+            if slack.leaned(look, margin, ids[i], state.tag_next):
+                state.lean()
+        tokens = self._take(ids, logprobs)
         self._leave(tokens)
         if self.rows:
             self._feed(tokens)
@@ -239,6 +246,31 @@ class Session:
                 at, token = torch.tensor(pairs, device=logits.device).T
                 logits.index_put_((at, token), logits.new_tensor(-torch.inf))
 
+    def _soften(self, logits: Tensor) -> list[tuple[int, slack.Look, float]]:
+        """Ask the soft rules of rows that think; adds their biases to the end tag's logits, in place.
+
+        Returns (row, what its rules say, margin before the bias) of the rows that were pushed.
+        """
+        asked = [(i, r) for i, r in enumerate(self.rows) if r.rules and not r.in_answer and r.state.needs_choice]
+        if not asked:
+            return []
+        margins = [slack.NAN] * len(asked)
+        if any(rule.wants_margin for _, row in asked for rule in row.rules):
+            at = torch.tensor([i for i, _ in asked], device=logits.device)
+            tags = torch.tensor([row.state.tag_next for _, row in asked], device=logits.device)
+            margins = (logits[at].max(-1).values - logits[at, tags]).tolist()
+        pushed = []
+        for (i, row), margin in zip(asked, margins, strict=True):
+            state = row.state
+            last = row.ids[-1] if len(row.ids) > row.think_start else -1
+            look = slack.consult(row.rules, slack.SoftView.of(state, row.tapped == "boundary", margin, last))
+            if look.cause is not None:
+                state.lower_cap(state.used, look.cause)
+            if look.bias:
+                logits[i, state.tag_next] += look.bias
+                pushed.append((i, look, margin))
+        return pushed
+
     def _take(self, choices: list[int], logprobs: list[float]) -> list[int]:
         """Let every row take its token; -1 where it has finished."""
         tokens = []
@@ -288,7 +320,7 @@ class Session:
         self.logits = out.logits
 
     def _wants(self, site: str) -> bool:
-        return self.reads if site == "end" else self.boundaries
+        return self.reads if site == "end" else self.boundaries or self.engine.running
 
     def _read(self, sites: list[int], taps: Tensor) -> None:
         """taps [sites, L, C] of the rows that stand at an end tag or a node boundary."""
@@ -296,12 +328,17 @@ class Session:
         if self.record or self.boundaries:
             for i, array in zip(sites, _arrays(taps), strict=True):
                 row = self.rows[i]
-                if row.tapped == "boundary":
+                if row.tapped == "end":
+                    if self.record:
+                        row.taps["end"] = array
+                elif self.boundaries:
                     row.boundaries.append((row.state.used, array))
-                elif self.record:
-                    row.taps["end"] = array
         metacog = self.engine.metacog
-        if metacog is None or not ends:
+        if metacog is None:
+            return
+        if self.engine.running:
+            self._estimate([(n, self.rows[i]) for n, i in enumerate(sites) if self.rows[i].tapped == "boundary"], taps)
+        if not ends:
             return
         known = [r.before is not None and r.before.calibrated and r.at_prediction for _, r in ends]
         after = metacog.after(
@@ -309,6 +346,17 @@ class Session:
         )
         for (_, row), choice in zip(ends, after, strict=True):
             row.after = choice
+
+    def _estimate(self, rows: Sequence[tuple[int, Row]], taps: Tensor) -> None:
+        """Running estimates of rows (index into taps, row) that stand at a boundary."""
+        metacog = self.engine.metacog
+        if not rows or metacog is None:
+            return
+        found = metacog.running(
+            taps[[n for n, _ in rows]], [row.plan for _, row in rows], [row.state.used for _, row in rows]
+        )
+        for (_, row), choice in zip(rows, found, strict=True):
+            row.estimate(choice)
 
 
 def common_prefix(prompts: Sequence[tuple[int, ...]], least: int = SHARED_LEAST) -> int:

@@ -14,6 +14,7 @@ VERSION: Final = 1
 Finish = Literal["end", "eos", "length", "user"]
 Source = Literal["requested", "predicted", "limit"]
 Region = Literal["plan", "tag", "think", "answer"]
+Scope = Literal["block", "turn", "tool_loop", "session"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Request:
     False keeps it as it is (sweeps). temperature 0 is greedy; top_k 0 and top_p 1 switch truncation off.
     max_answer_tokens: cap of the answer, which also raises its reserve; None = the reserve. n: samples.
     think_prefix: think tokens that an earlier run has decided (resume): they are fed, not sampled again, and count.
+    scope, spent: what the budget covers, and how many think tokens that scope has used before this request (see
+    decoding.scope.Ledger). grant: think tokens that may be added once, above the prediction and never above a number
+    asked for, where a boundary reads a confidence below `grant_below`.
     """
 
     id: str
@@ -39,6 +43,10 @@ class Request:
     n: int = 1
     use_prediction: bool = True
     think_prefix: tuple[int, ...] = ()
+    scope: Scope = "turn"
+    spent: int = 0
+    grant: int = 0
+    grant_below: float = 0.5
 
     def __post_init__(self) -> None:
         budget = self.budget
@@ -59,6 +67,10 @@ class Request:
             raise ConfigError(f"request {self.id!r}: top_k must be ≥ 0 (0 = off); given {self.top_k}")
         if self.n < 1:
             raise ConfigError(f"request {self.id!r}: n must be ≥ 1; given {self.n}")
+        if self.scope not in get_args(Scope):
+            raise BudgetError(f"unknown budget scope {self.scope!r}; write one of {', '.join(get_args(Scope))}")
+        if min(self.spent, self.grant) < 0:
+            raise BudgetError(f"spent and grant are token counts ≥ 0; given {self.spent} and {self.grant}")
         if self.max_answer_tokens is not None and self.max_answer_tokens < 1:
             raise ConfigError(f"request {self.id!r}: max_answer_tokens must be ≥ 1; given {self.max_answer_tokens}")
 
@@ -86,6 +98,8 @@ class Trace:
     stop: why the block closed. finish: why the answer ended; "length" = cut by its cap.
     forced: tokens forced inside the block and to close it. taps, site -> [L, C] float32 array: only when asked for;
     boundaries: (think tokens used, [L, C]) per node boundary. Neither goes to JSON.
+    running: (think tokens used, remaining tokens estimated, confidence or None) at the boundaries that were read.
+    granted: tokens that an extra grant added; `budget_effective` includes them.
     """
 
     id: str
@@ -118,6 +132,8 @@ class Trace:
     confidence_after_raw: float | None = None
     calibrated: bool = False
     resumed: int = 0
+    running: tuple[tuple[int, float, float | None], ...] = ()
+    granted: int = 0
     taps: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     boundaries: Sequence[tuple[int, Any]] | None = field(default=None, compare=False, repr=False)
 
@@ -203,6 +219,7 @@ class Trace:
             raise DataError(f"trace {number}: missing {missing or 'nothing'}, unknown {unknown_keys or 'nothing'}")
         for name in _TUPLES:
             values[name] = tuple(values[name])
+        values["running"] = tuple(map(tuple, values.get("running", ())))
         trace = cls(**values)
         trace.check(number)
         return trace
