@@ -168,6 +168,32 @@ def test_lean_survives_clone_and_rewind_and_ends_with_the_block() -> None:
     assert state.cause == "natural"
 
 
+def test_a_lean_whose_token_never_came_is_forgotten() -> None:
+    cut = opened(LONG, budget=5, scope="block")
+    cut.step(20)
+    cut.lower_cap(0, "loop")
+    cut.lean()
+    for _ in LONG:  # the guard closes; the leaned token was not written
+        cut.step(7)
+    assert cut.cause == "loop" and cut.forced == 3
+    state = opened(LONG, budget=5)
+    state.lean()
+    state.advance(60, "tool")
+    for token in LONG:
+        state.step(token)
+    assert state.cause == "natural"
+
+
+def test_a_forced_close_leaves_no_lean_to_the_next_block() -> None:
+    state = opened(budget=9, scope="block")
+    state.lean()
+    state.close_now()
+    state.step(20)
+    state.step(THINK)
+    state.step(END)
+    assert (state.blocks, state.cause) == (2, "natural")
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple),
