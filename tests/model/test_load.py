@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gnomon.base import seeds
-from gnomon.base.errors import ModelError
+from gnomon.base.errors import ModelError, UnknownNameError
 from gnomon.model import gguf
+from gnomon.model.foreign import HFBackbone
+from gnomon.model.llama import LlamaBackbone
 from gnomon.model.load import check_folder, load_backbone, resolve_base
+from gnomon.reasoner import fingerprint
 
 
 def llama() -> LlamaForCausalLM:
@@ -46,32 +49,36 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_round_trip_is_bit_equal_and_offline(folder: Path) -> None:
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    mask = torch.ones_like(ids, dtype=torch.bool)
+def test_round_trip_is_offline_and_in_the_lean_pass(folder: Path) -> None:
+    ids = (3, 1, 4, 1, 5)
     backbone = load_backbone(folder)
-    out = backbone.step(ids, mask, backbone.new_cache(1, 8), logits="all", want_taps=True)
+    assert isinstance(backbone, LlamaBackbone)
+    out = backbone.extend(backbone.new_cache(1, 8), [ids], logits="all", taps=True)
     with torch.inference_mode():
-        expected = llama().eval()(ids).logits
-    assert torch.equal(out.logits, expected)
+        expected = llama().eval()(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=1e-5)
     assert (backbone.n_layers, backbone.hidden_size, backbone.vocab_size, backbone.context) == (2, 16, 40, 64)
     assert out.taps is not None and out.taps.shape == (1, 2, 16)
+    assert fingerprint(backbone) == fingerprint(HFBackbone(llama()))
 
 
-def test_a_shared_prefix_with_padding_behind_it_gives_each_row_its_own_result(folder: Path) -> None:
-    """One prefill of the static prompt serves every row: padding stands between it and the shorter rows' text."""
-    backbone = load_backbone(folder)
-    prefix, rows = [3, 1, 4, 1], [[5, 9], [2, 6, 5, 3]]
-    cache = backbone.new_cache(1, 8)
-    backbone.step(torch.tensor([prefix]), torch.ones(1, 4, dtype=torch.bool), cache, logits="none")
-    cache.select(torch.zeros(2, dtype=torch.int64))
-    ids = torch.tensor([[0, 0, *rows[0]], rows[1]])
-    mask = torch.tensor([[True] * 4 + [False] * 2 + [True] * 2, [True] * 8])
-    shared = backbone.step(ids, mask, cache).logits
-    for row, got in zip(rows, shared, strict=True):
-        alone = torch.tensor([[*prefix, *row]])
-        out = backbone.step(alone, torch.ones_like(alone, dtype=torch.bool), backbone.new_cache(1, 8))
-        torch.testing.assert_close(got, out.logits[0], atol=1e-5, rtol=1e-5)
+def test_other_models_and_precisions_run_in_their_own_code(folder: Path, tmp_path: Path) -> None:
+    assert isinstance(load_backbone(folder, dtype="bfloat16"), HFBackbone)
+    seeds.seed_torch("load test", "gpt2")
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=40)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    assert isinstance(load_backbone(tmp_path / "gpt2"), HFBackbone)
+    with pytest.raises(ModelError, match='weights="int8".*GPT2LMHeadModel'):
+        load_backbone(tmp_path / "gpt2", weights="int8")
+
+
+def test_int8_is_chosen_explicitly(folder: Path) -> None:
+    small, plain = load_backbone(folder, weights="int8"), load_backbone(folder)
+    assert isinstance(small, LlamaBackbone) and small.weights == "int8"
+    assert fingerprint(small) == fingerprint(plain)
+    with pytest.raises(UnknownNameError, match="int8"):
+        load_backbone(folder, weights="int4")
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:

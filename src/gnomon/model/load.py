@@ -8,8 +8,9 @@ from typing import Any
 
 from gnomon.base.checkpoint import tensor_names
 from gnomon.base.errors import CheckpointError, ModelError
-from gnomon.model.backbone import HFBackbone
+from gnomon.model.foreign import HFBackbone
 from gnomon.model.gguf import SMOLLM2, convert_gguf, smollm2_folder
+from gnomon.model.llama import LlamaBackbone, check_weights, unsupported
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -57,13 +58,21 @@ def check_folder(folder: Path, tokenizer: bool = True) -> dict[str, Any]:
 
 
 def load_backbone(
-    base: str | Path, *, dtype: str = "float32", device: str = "cpu", cache: str | Path | None = None
-) -> HFBackbone:
+    base: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    weights: str = "float",
+    cache: str | Path | None = None,
+) -> HFBackbone | LlamaBackbone:
     """Any local Hugging Face causal LM behind the backbone protocol; `base` as in `resolve_base`.
 
-    dtype: a torch type's name. Raises ModelError for a folder that is missing, half there, damaged, of an
-    architecture that transformers does not know, or whose weights do not fill the model.
+    The Llama family in float32 on a CPU runs through its lean pass, everything else through the model's own code.
+    dtype: a torch type's name. weights: "int8" multiplies by int8 copies of the weights, where the lean pass runs.
+    Raises ModelError for a folder that is missing, half there, damaged, of an architecture that transformers does not
+    know, whose weights do not fill the model, or that cannot be decoded in slots.
     """
+    check_weights(weights)
     folder = resolve_base(base, cache)
     config = check_folder(folder, tokenizer=False)
     import torch
@@ -92,7 +101,13 @@ def load_backbone(
                 f"the weights in {str(folder)!r} do not fill the model: {len(bad)} {name.replace('_', ' ')} "
                 f"({', '.join(bad[:3])}); copy the folder again"
             )
-    return HFBackbone(model.to(device))
+    model = model.to(device)
+    obstacle = unsupported(model)
+    if obstacle is None:
+        return LlamaBackbone(model, weights)
+    if weights != "float":
+        raise ModelError(f'{str(folder)!r} cannot run with weights="int8": {obstacle}; leave weights="float"')
+    return HFBackbone(model)
 
 
 def _json(path: Path) -> dict[str, Any]:
