@@ -17,6 +17,7 @@ from gnomon.base.seeds import derive
 from gnomon.data.codec import Codec, OwnCodec
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
 from gnomon.decoding.engine import Engine
+from gnomon.decoding.slack import Rules
 from gnomon.metacognition import store
 from gnomon.metacognition.decide import Decider, combine
 from gnomon.model.backbone import Backbone, OwnBackbone
@@ -50,7 +51,8 @@ class Reasoner:
     """A base model with its tokenizer and, when there is one, its metacognitive layer.
 
     best_plan: family -> strategy with the highest val accuracy, stored when the model was shipped.
-    max_think: think tokens where nobody names a number (None = what the context leaves).
+    max_think: think tokens where nobody names a number (None = what the context leaves). rules: soft rules for
+    everything that is decoded (decoding.slack.factory).
     """
 
     name: str
@@ -61,6 +63,7 @@ class Reasoner:
     folder: Path | None = None
     best_plan: dict[str, str] = field(default_factory=dict)
     max_think: int | None = None
+    rules: Rules | None = None
 
     @classmethod
     def load(cls, name: str | Path, device: str = "cpu") -> Reasoner:
@@ -102,7 +105,14 @@ class Reasoner:
             write_atomic(folder / BASE_FILE, json.dumps({"base": base}) + "\n")
 
     def engine(self, max_batch: int = 64) -> Engine:
-        return Engine(self.backbone, self.codec.layout, self.decider, max_batch=max_batch, max_think=self.max_think)
+        return Engine(
+            self.backbone,
+            self.codec.layout,
+            self.decider,
+            max_batch=max_batch,
+            max_think=self.max_think,
+            rules=self.rules,
+        )
 
     def request(self, ident: str, text: str, **options: Any) -> Request:
         """A Request for a prompt text; options as in `protocol.trace.Request`."""

@@ -60,7 +60,7 @@ class Engine:
     decode: ids -> text for the traces (None leaves texts empty). max_think: bound on thinking where a request names no
     number (None or "predicted"); an explicit budget is only bound by the context. rules: soft rules for every sample
     (decoding.slack.factory); they may bring the close nearer, nothing else. running: let the layer estimate again at
-    boundaries, where it has learned to.
+    boundaries, where it has learned to; it may close sooner than predicted, at a point that no card was fitted for.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Engine:
         decode: Decode | None = None,
         max_think: int | None = None,
         rules: Rules | None = None,
-        running: bool = True,
+        running: bool = False,
     ) -> None:
         if max_batch < 1:
             raise ConfigError(f"max_batch must be ≥ 1; given {max_batch}")

@@ -146,7 +146,9 @@ class Row:
     def at_prediction(self) -> bool:
         """Whether the cap is the clipped prediction itself, the only point that the card was fitted for."""
         before = self.before
-        return before is not None and self.source == "predicted" and self.effective == before.clipped
+        if before is None or self.source != "predicted" or self.effective != before.clipped:
+            return False
+        return self.state.cause not in ("confidence", "slack", "loop")
 
     def begin(self, before: BudgetChoice | None) -> None:
         """The block is open: settle the budget. effective = min(requested, clip(predicted), limit).

@@ -13,6 +13,8 @@ from gnomon.base.errors import BudgetError, ConfigError, nearest, unknown
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from gnomon.decoding.slack import Rules
+
 Budget = int | Literal["predicted"] | None
 
 
@@ -32,6 +34,23 @@ def budget(text: str) -> Budget:
     if value < 0:
         raise BudgetError(f"a budget cannot be negative; given {value}. Write 0 to answer without thinking.")
     return value
+
+
+def rules(text: str) -> Rules | None:
+    """`slack:share=0.2,loop` -> soft rules for every sample, None for an empty text."""
+    from gnomon.decoding.slack import factory, rule
+
+    configs = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, *values = part.split(":")
+        found = {}
+        for value in values:
+            key, equals, number = value.partition("=")
+            if not equals:
+                raise ConfigError(f"rule {part!r} cannot be read; write name:key=value, such as slack:share=0.2")
+            found[key.strip()] = parse_value(number.strip())
+        configs.append(rule(name.strip(), **found))
+    return factory(*configs) if configs else None
 
 
 def levels(text: str) -> tuple[int, ...]:

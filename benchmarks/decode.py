@@ -1,0 +1,346 @@
+"""Decoding speed, side by side with named peers in one process and one run.
+
+    python benchmarks/decode.py --preset quick|full --json
+
+Workload: requests with fixed prompts and budgets uniform over {0, 4, 8, 16, 32, 64, 128} (mixed) or all 64 (uniform).
+Useful tokens are the think tokens up to each row's budget; nothing ends by itself, so that both sides do the same work.
+Our side answers with one token after the close; tags, prompts and that answer cost time and count for nothing.
+Peers get their requests sorted by budget, in batches that run to their largest budget; a batch of zeros is free.
+Ratios are medians over interleaved pairs, with the least and the largest pair. Stories of every number: docs/log.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gnomon.base import seeds
+from gnomon.decoding.engine import Engine
+from gnomon.metacognition.decide import Decider
+from gnomon.model.backbone import Backbone
+from gnomon.protocol.layout import Layout
+from gnomon.protocol.trace import Request
+from gnomon.reasoner import Reasoner, shipped
+from gnomon.tasks.procedural import problems
+
+MIXED = (0, 4, 8, 16, 32, 64, 128)
+UNIFORM = 64
+
+
+@dataclass(frozen=True)
+class Work:
+    """Prompts as ids, and a budget for each."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    budgets: tuple[int, ...]
+
+    @property
+    def useful(self) -> int:
+        return sum(self.budgets)
+
+
+@dataclass(frozen=True)
+class Run:
+    """seconds of the whole workload; first: seconds to the first think token, median over the requests that think."""
+
+    seconds: float
+    first: float
+
+
+def workload(encode: Callable[[str], Sequence[int]], n: int, kind: str) -> Work:
+    """`n` fixed problems of all families; budgets by a hashed name."""
+    items = problems("all", "val", "bench", n, (1, 2, 3, 4, 5))
+    draw = seeds.rng("bench-budgets", kind)
+    budgets = [UNIFORM if kind == "uniform" else draw.choice(MIXED) for _ in items]
+    return Work(tuple(tuple(encode(p.prompt)) for p in items), tuple(budgets))
+
+
+def endless(vocab: int, pad: int) -> Layout:
+    """Tags of one id each that a model practically never writes, so that every budget is used up."""
+    think, end, answer, end_answer, eos = range(vocab - 5, vocab)
+    return Layout((think,), (end,), (answer,), (end_answer,), {"steps": ()}, (eos,), pad)
+
+
+def ours(backbone: Backbone, layout: Layout, work: Work, batch: int) -> Run:
+    """The engine, mixed budgets in one go. Raises AssertionError where a budget was not used exactly."""
+    engine = Engine(backbone, layout, max_batch=batch)
+    asked = [
+        Request(str(i), prompt, plan="steps", budget=budget, max_answer_tokens=1)
+        for i, (prompt, budget) in enumerate(zip(work.prompts, work.budgets, strict=True))
+    ]
+    firsts: dict[str, float] = {}
+    start = time.perf_counter()
+    traces = engine.run(
+        asked, sink=lambda c: firsts.setdefault(c.id, time.perf_counter()) if c.region == "think" else 0
+    )
+    seconds = time.perf_counter() - start
+    early = sum(t.used < b for t, b in zip(traces, work.budgets, strict=True))
+    assert early <= len(asked) // 50, f"{early} rows closed early; the bench layout does not suit this model"
+    assert all(t.overshoot == 0 for t in traces)
+    held = [firsts[r.id] - start for r in asked if r.budget]
+    return Run(seconds, statistics.median(held))
+
+
+class Clock:
+    """A stopping criterion that never stops; it notes when the first token of a batch was there."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self.first is None:
+            self.first = time.perf_counter()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+def generate(model: Any, work: Work, batch: int, pad: int) -> Run:
+    """transformers.generate: greedy, sorted by budget, left-padded, each batch to its largest budget."""
+    from transformers import StoppingCriteriaList
+
+    order = sorted(range(len(work.prompts)), key=lambda i: (work.budgets[i], len(work.prompts[i])))
+    firsts: list[float] = []
+    start = time.perf_counter()
+    for at in range(0, len(order), batch):
+        rows = order[at : at + batch]
+        most = max(work.budgets[i] for i in rows)
+        if most == 0:
+            continue
+        width = max(len(work.prompts[i]) for i in rows)
+        ids = torch.full((len(rows), width), pad)
+        mask = torch.zeros((len(rows), width), dtype=torch.int64)
+        for r, i in enumerate(rows):
+            ids[r, width - len(work.prompts[i]) :] = torch.tensor(work.prompts[i])
+            mask[r, width - len(work.prompts[i]) :] = 1
+        clock = Clock()
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
+                max_new_tokens=most, min_new_tokens=most, eos_token_id=None, pad_token_id=pad,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )  # fmt: skip
+        assert out.shape[1] == width + most
+        assert clock.first is not None
+        firsts += [clock.first - start] * sum(work.budgets[i] > 0 for i in rows)
+    return Run(time.perf_counter() - start, statistics.median(firsts))
+
+
+def pairs(left: Callable[[], Run], right: Callable[[], Run], n: int) -> dict[str, Any]:
+    """Interleaved runs: how many times as fast `left` is, as median, least and largest of n pairs."""
+    left(), right()  # both warm
+    both = [(left(), right()) for _ in range(n)]
+    ratios = sorted(b.seconds / a.seconds for a, b in both)
+    return {
+        "ratio": statistics.median(ratios),
+        "range": [ratios[0], ratios[-1]],
+        "ours_s": statistics.median(a.seconds for a, _ in both),
+        "peer_s": statistics.median(b.seconds for _, b in both),
+        "ours_first_token_s": statistics.median(a.first for a, _ in both),
+        "peer_first_token_s": statistics.median(b.first for _, b in both),
+    }
+
+
+def plain_llama(parameters: int, vocab: int, context: int) -> Any:
+    """A random Llama of about as many parameters as ours, six layers of 160 channels like nano."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, layers = 160, 6
+    inner = (parameters - 2 * vocab * width - layers * 4 * width * width) // (3 * width * layers)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=5,
+        intermediate_size=int(inner), max_position_embeddings=context, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    seeds.seed_torch("bench-llama")
+    return LlamaForCausalLM(config).eval()
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading a large array with all threads, best of ten."""
+    data = torch.ones(2**27)  # 512 MiB
+    best = 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        data.sum()
+        best = max(best, data.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def bench_nano(n: int, repeats: int) -> dict[str, Any]:
+    """nano at batch 32 against `generate` on the same weights and on a plain Llama of equal size."""
+    from transformers import AutoModelForCausalLM
+
+    import gnomon.hf  # noqa: F401
+
+    reasoner = Reasoner.load("nano")
+    pad, vocab = reasoner.codec.layout.pad, reasoner.backbone.vocab_size
+    same = AutoModelForCausalLM.from_pretrained(shipped("nano"), dtype=torch.float32).eval()
+    parameters = sum(p.numel() for p in same.parameters())
+    llama = plain_llama(parameters, vocab, reasoner.backbone.context)
+    layout = endless(vocab, pad)
+    found: dict[str, Any] = {"parameters": {"nano": parameters, "llama": sum(p.numel() for p in llama.parameters())}}
+    for kind in ("mixed", "uniform"):
+        work = workload(reasoner.codec.encode_prompt, n, kind)
+        for peer, model in (("generate", same), ("llama", llama)):
+            got = pairs(
+                lambda w=work: ours(reasoner.backbone, layout, w, 32),  # type: ignore[misc]
+                lambda w=work, m=model: generate(m, w, 32, pad),  # type: ignore[misc]
+                repeats,
+            )
+            got["useful_tokens"] = work.useful
+            got["ours_tok_s"], got["peer_tok_s"] = work.useful / got["ours_s"], work.useful / got["peer_s"]
+            found[f"{kind}_{peer}"] = got
+    return found
+
+
+def bench_layer(n: int, repeats: int) -> dict[str, Any]:
+    """Cost of heads and boundary reads: the same requests with and without the layer, natural closes, equal tokens."""
+    reasoner = Reasoner.load("nano")
+    assert reasoner.decider is not None
+    found: dict[str, Any] = {}
+    for batch, size in ((1, max(8, n // 8)), (32, n)):
+        work = workload(reasoner.codec.encode_prompt, size, "uniform")
+        asked = [Request(str(i), p, plan="steps", budget=96, use_prediction=False) for i, p in enumerate(work.prompts)]
+
+        def run(decider: Decider | None, asked: list[Request] = asked, batch: int = batch) -> tuple[float, list[Any]]:
+            engine = Engine(reasoner.backbone, reasoner.codec.layout, decider, max_batch=batch)
+            start = time.perf_counter()
+            traces = engine.run(asked)
+            return time.perf_counter() - start, [t.ids for t in traces]
+
+        run(None), run(reasoner.decider)
+        ratios = []
+        for i in range(repeats):
+            sides = [run(reasoner.decider), run(None)] if i % 2 else [run(None), run(reasoner.decider)][::-1]
+            (on, ids_on), (off, ids_off) = sides
+            assert ids_on == ids_off, "the layer may not change what is decoded here"
+            ratios.append(on / off - 1.0)
+        low, high = interval(ratios)
+        found[f"b{batch}"] = {"median": statistics.median(ratios), "interval": [low, high], "pairs": repeats,
+                              "boundary_reads": reasoner.decider.reads_boundaries}  # fmt: skip
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median from order statistics (binomial)."""
+    ranked, n = sorted(values), len(values)
+    k = max(0, round(n / 2 - 0.98 * n**0.5) - 1)
+    return ranked[k], ranked[n - 1 - k]
+
+
+def bench_smollm2(n: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """SmolLM2-135M through our backbones (float32, int8) against `generate` on the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    from gnomon.model.load import load_backbone, resolve_base
+
+    reasoner = Reasoner.load("smollm2")
+    pad, vocab = reasoner.codec.layout.pad, reasoner.backbone.vocab_size
+    peer = AutoModelForCausalLM.from_pretrained(resolve_base("smollm2"), dtype=torch.float32).eval()
+    peer.generation_config.eos_token_id = None
+    weights = sum(p.nbytes for p in peer.parameters())
+    layout = endless(vocab, pad)
+    whole = workload(reasoner.codec.encode_prompt, n, "mixed")
+    single = Work(whole.prompts[:2], (tokens, tokens))
+    bandwidth = read_bandwidth()
+    found: dict[str, Any] = {"weight_bytes": weights, "read_bandwidth": bandwidth}
+    for kind in ("float32", "int8"):
+        backbone = reasoner.backbone if kind == "float32" else load_backbone("smollm2", weights="int8")
+        for name, work, batch in (("b1", single, 1), ("mixed_b16", whole, 16)):
+            got = pairs(
+                lambda b=backbone, w=work, k=batch: ours(b, layout, w, k),  # type: ignore[misc]
+                lambda w=work, k=batch: generate(peer, w, k, pad),  # type: ignore[misc]
+                repeats,
+            )
+            got["ours_tok_s"], got["peer_tok_s"] = work.useful / got["ours_s"], work.useful / got["peer_s"]
+            found[f"{kind}_{name}"] = got
+        step = step_seconds(backbone, single.prompts[0], tokens)
+        held = weights if kind == "float32" else weights / 4
+        found[f"{kind}_b1_step"] = {"seconds": step, "tok_s": 1 / step, "bandwidth_share": held / step / bandwidth}
+    return found
+
+
+def step_seconds(backbone: Backbone, prompt: Sequence[int], steps: int) -> float:
+    """Median seconds of one decoding step at batch 1, prompt not counted."""
+    cache = backbone.new_cache(1, len(prompt) + steps + 8)
+    backbone.extend(cache, [list(prompt)], logits="none")
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        backbone.extend(cache, [[7]])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def peak_memory(side: str) -> float:
+    """MiB of peak resident memory of a fresh process that runs one side of nano's mixed workload."""
+    out = subprocess.run(
+        [sys.executable, __file__, "--side", side], capture_output=True, text=True, check=True
+    ).stdout.split()
+    return float(out[-1])
+
+
+def one_side(side: str) -> None:
+    """What `peak_memory` starts."""
+    reasoner = Reasoner.load("nano")
+    work = workload(reasoner.codec.encode_prompt, 128, "mixed")
+    pad, vocab = reasoner.codec.layout.pad, reasoner.backbone.vocab_size
+    if side == "ours":
+        ours(reasoner.backbone, endless(vocab, pad), work, 32)
+    elif side == "generate":
+        from transformers import AutoModelForCausalLM
+
+        import gnomon.hf  # noqa: F401
+
+        generate(AutoModelForCausalLM.from_pretrained(shipped("nano"), dtype=torch.float32).eval(), work, 32, pad)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=("quick", "full"), default="quick")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    parser.add_argument("--only", choices=("nano", "layer", "smollm2"), help="one part")
+    parser.add_argument("--side", choices=("ours", "generate"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        one_side(args.side)
+        return
+    full = args.preset == "full"
+    body: dict[str, Any] = {"preset": args.preset, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if args.only in (None, "nano"):
+        nano = body["nano"] = bench_nano(256 if full else 96, 5 if full else 2)
+        body["nano_mixed_b32_ratio"] = nano["mixed_generate"]["ratio"]
+        body["nano_uniform_b32_ratio"] = nano["uniform_generate"]["ratio"]
+        body["nano_mixed_b32_best_peer"] = min(nano["mixed_generate"]["ratio"], nano["mixed_llama"]["ratio"])
+        body["nano_uniform_b32_best_peer"] = min(nano["uniform_generate"]["ratio"], nano["uniform_llama"]["ratio"])
+        if full:
+            body["peak_memory_mib"] = {side: peak_memory(side) for side in ("ours", "generate")}
+    if args.only in (None, "layer"):
+        layer = body["layer"] = bench_layer(256 if full else 64, 40 if full else 20)
+        body["layer_overhead_b1"], body["layer_overhead_b32"] = layer["b1"]["median"], layer["b32"]["median"]
+    if args.only in (None, "smollm2"):
+        smol = body["smollm2"] = bench_smollm2(64 if full else 32, 64 if full else 24, 3 if full else 1)
+        body["smollm2_b1_ratio"] = smol["float32_b1"]["ratio"]
+        body["smollm2_mixed_b16_ratio"] = smol["float32_mixed_b16"]["ratio"]
+        body["smollm2_int8_b1_ratio"] = smol["int8_b1"]["ratio"]
+        body["smollm2_int8_mixed_b16_ratio"] = smol["int8_mixed_b16"]["ratio"]
+        body["bandwidth_share_b1"] = smol["float32_b1_step"]["bandwidth_share"]
+    if args.json:
+        print(json.dumps(body))
+        return
+    for key, value in body.items():
+        print(f"{key:28s} {json.dumps(value) if isinstance(value, dict) else value}")
+
+
+if __name__ == "__main__":
+    main()
