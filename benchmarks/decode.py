@@ -212,7 +212,9 @@ def bench_layer(n: int, repeats: int) -> dict[str, Any]:
         asked = [Request(str(i), p, plan="steps", budget=96, use_prediction=False) for i, p in enumerate(work.prompts)]
 
         def run(decider: Decider | None, asked: list[Request] = asked, batch: int = batch) -> tuple[float, list[Any]]:
-            engine = Engine(reasoner.backbone, reasoner.codec.layout, decider, max_batch=batch)
+            engine = Engine(
+                reasoner.backbone, reasoner.codec.layout, decider, max_batch=batch, running=decider is not None
+            )
             start = time.perf_counter()
             traces = engine.run(asked)
             return time.perf_counter() - start, [t.ids for t in traces]

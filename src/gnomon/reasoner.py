@@ -52,7 +52,7 @@ class Reasoner:
 
     best_plan: family -> strategy with the highest val accuracy, stored when the model was shipped.
     max_think: think tokens where nobody names a number (None = what the context leaves). rules: soft rules for
-    everything that is decoded (decoding.slack.factory).
+    everything that is decoded (decoding.slack.factory). running: estimate again at boundaries.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Reasoner:
     best_plan: dict[str, str] = field(default_factory=dict)
     max_think: int | None = None
     rules: Rules | None = None
+    running: bool = False
 
     @classmethod
     def load(cls, name: str | Path, device: str = "cpu") -> Reasoner:
@@ -112,6 +113,7 @@ class Reasoner:
             max_batch=max_batch,
             max_think=self.max_think,
             rules=self.rules,
+            running=self.running,
         )
 
     def request(self, ident: str, text: str, **options: Any) -> Request:
