@@ -87,7 +87,8 @@ def decode_records(
         cut = [i for i in range(len(attempts)) if i not in needed]
         most = reasoner.max_think if cap is None else cap
         again = [_resumed(items[i], attempts[i].trace, cap, most, seed) for i in cut]
-        for i, found in zip(cut, run(replace(reasoner, decider=None, rules=None), again, max_batch=max_batch), strict=True):
+        bare = replace(reasoner, decider=None, rules=None)
+        for i, found in zip(cut, run(bare, again, max_batch=max_batch), strict=True):
             needed[i] = found[0]
     prompts = prompt_logprobs(reasoner, items)
     return [_record(reasoner, a, needed.get(i), prompts[i]) for i, a in enumerate(attempts)], attempts
