@@ -23,9 +23,9 @@ def only(ids: Sequence[str], *configs: RuleConfig) -> Rules:
     return lambda request: [config.fresh() for config in configs] if request.id in ids else ()
 
 
-def ask(n: int, budget: int = 30, **more: object) -> list[Request]:
+def ask(rows: int, budget: int = 30, **more: object) -> list[Request]:
     base = Request("", (20, 21), plan="steps", budget=budget, max_answer_tokens=3)
-    return [replace(base, id=f"r{i}", prompt_ids=(20 + i % 9, 21, 22), **more) for i in range(n)]  # type: ignore[arg-type]
+    return [replace(base, id=f"r{i}", prompt_ids=(20 + i % 9, 21, 22), **more) for i in range(rows)]  # type: ignore[arg-type]
 
 
 def test_an_eased_close_is_slack_comes_early_and_cuts_nothing() -> None:
@@ -62,7 +62,7 @@ def test_neighbours_of_a_softened_row_do_not_notice(temperature: float) -> None:
 def test_whatever_the_rules_the_wall_stands_and_nothing_leaks(layout: Layout, lean: dict[int, float]) -> None:
     layout = replace(layout, boundary=frozenset(range(19, 26)))
     configs = [SlackStop(1.0, 6.0), rule("margin", threshold=0.5), LoopGuard(3, 2, 3), rule("cut", tokens=9)]
-    asked = requests(120, "soft")
+    asked = requests(64, "soft")
     number = {r.id: i for i, r in enumerate(asked)}
     chosen = lambda request: [c.fresh() for i, c in enumerate(configs) if number[request.id] >> i & 1]  # noqa: E731
     traces = Engine(Tiny("soft", lean=lean), layout, max_batch=16, rules=chosen).run(asked)
