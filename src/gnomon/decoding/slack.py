@@ -124,8 +124,8 @@ class SlackStop:
     strength: float = 8.0
 
     def __post_init__(self) -> None:
-        _check("slack", "share", self.share, 0 < self.share <= 1, "in (0, 1], a share of the budget")
-        _check("slack", "strength", self.strength, 0 < self.strength < math.inf, "> 0, in logits")
+        _check("slack", "share", self.share, lambda x: 0 < x <= 1, "in (0, 1], a share of the budget")
+        _check("slack", "strength", self.strength, lambda x: 0 < x < math.inf, "a number > 0, in logits")
 
     def fresh(self) -> SoftRule:
         return _Slack(self)
@@ -168,7 +168,7 @@ class Margin:
     wants_answer = False
 
     def __post_init__(self) -> None:
-        _check("margin", "threshold", self.threshold, 0 <= self.threshold < math.inf, "≥ 0, in logits")
+        _check("margin", "threshold", self.threshold, lambda x: 0 <= x < math.inf, "a number ≥ 0, in logits")
 
     def fresh(self) -> SoftRule:
         return self
@@ -186,7 +186,7 @@ class AnswerProbability:
     wants_answer = True
 
     def __post_init__(self) -> None:
-        _check("answer", "threshold", self.threshold, 0 < self.threshold <= 1, "in (0, 1], a probability")
+        _check("answer", "threshold", self.threshold, lambda x: 0 < x <= 1, "in (0, 1], a probability")
 
     def fresh(self) -> SoftRule:
         return self
@@ -204,8 +204,7 @@ class FixedCut:
     wants_answer = False
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.tokens, int) and not isinstance(self.tokens, bool)
-        _check("cut", "tokens", self.tokens, whole and self.tokens >= 0, "a whole number ≥ 0")
+        _check("cut", "tokens", self.tokens, lambda x: isinstance(x, int) and x >= 0, "a whole number ≥ 0")
 
     def fresh(self) -> SoftRule:
         return self
@@ -228,9 +227,8 @@ class LoopGuard:
 
     def __post_init__(self) -> None:
         for name, low in (("period", 1), ("repeats", 2), ("least", 2)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            _check("loop", name, value, whole and value >= low, f"a whole number ≥ {low}")
+            whole = lambda x, low=low: isinstance(x, int) and x >= low  # noqa: E731
+            _check("loop", name, getattr(self, name), whole, f"a whole number ≥ {low}")
 
     def fresh(self) -> SoftRule:
         return _Loop(self)
@@ -309,6 +307,7 @@ def replay(config: RuleConfig, views: Iterable[SoftView]) -> tuple[int, SoftCaus
     return None
 
 
-def _check(name: str, key: str, value: object, good: bool, what: str) -> None:
-    if not good:
+def _check(name: str, key: str, value: object, good: Callable[[Any], bool], what: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not good(value):
         raise ConfigError(f"rule {name!r}: {key} must be {what}; given {value!r}")
