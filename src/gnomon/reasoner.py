@@ -17,6 +17,7 @@ from gnomon.base.seeds import derive
 from gnomon.data.codec import Codec, OwnCodec
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
 from gnomon.decoding.engine import Engine
+from gnomon.decoding.search import Vote, self_consistency
 from gnomon.decoding.slack import Rules
 from gnomon.metacognition import store
 from gnomon.metacognition.decide import Decider, combine
@@ -149,6 +150,34 @@ class Reasoner:
             max_answer_tokens=max_answer_tokens,
         )
         return self.read(self.engine(1).run([request])[0])
+
+    def vote(
+        self,
+        text: str,
+        votes: int = 5,
+        plan: str = "predicted",
+        budget: Budget = "predicted",
+        temperature: float = 0.8,
+        seed: str = "ask",
+        max_answer_tokens: int | None = None,
+    ) -> Vote:
+        """The majority answer of several sampled paths, with more paths under `verify` where they disagree."""
+        if self.decider is None:
+            plan = "steps" if plan == "predicted" else plan
+            budget = None if budget == "predicted" else budget
+        request = self.request(
+            "ask",
+            text,
+            plan=plan,
+            budget=budget,
+            temperature=temperature,
+            seed=derive(seed),
+            max_answer_tokens=max_answer_tokens,
+        )
+        reflect = "verify" if "verify" in self.codec.strategies else None
+        return self_consistency(
+            self.engine(), request, votes, read=lambda t: self.codec.decode(t.answer_ids), reflect=reflect
+        )
 
     def decide(self, text: str) -> dict[str, Any]:
         """Plan, budget and confidence for a prompt without generating (`ask --no-decode`)."""

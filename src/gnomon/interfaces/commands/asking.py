@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from gnomon.base.errors import ConfigError
 from gnomon.interfaces import console, options
+
+if TYPE_CHECKING:
+    from gnomon.reasoner import Reasoner
 
 Flag = Parameter(negative=())
 
@@ -22,6 +25,7 @@ def ask(
     temperature: float = 0.0,
     seed: str = "ask",
     max_answer_tokens: int | None = None,
+    votes: int = 1,
     device: str = "cpu",
     no_decode: Annotated[bool, Flag] = False,
     show: Annotated[bool, Flag] = False,
@@ -37,6 +41,7 @@ def ask(
         temperature: 0 is greedy.
         seed: Names the random stream when temperature is above 0.
         max_answer_tokens: Cap of the answer.
+        votes: Sampled paths; the majority answers, and more are drawn where they disagree. Wants a temperature.
         device: cpu or cuda.
         no_decode: Plan, budget and confidence only; nothing is generated.
         show: Show the thoughts too.
@@ -56,6 +61,9 @@ def ask(
         else:
             print_decision(facts)
         return
+    if votes != 1:
+        _vote(reasoner, question, votes, plan, limit, temperature or 0.8, seed, max_answer_tokens, json)
+        return
     answer = reasoner.ask(
         question, plan=plan, budget=limit, temperature=temperature, seed=seed, max_answer_tokens=max_answer_tokens
     )
@@ -69,6 +77,22 @@ def ask(
         console.say(answer.think)
     console.say(summary(facts, reasoner.decider is not None, plan != "predicted"))
     print(answer.answer)
+
+
+def _vote(
+    reasoner: Reasoner, question: str, votes: int, plan: str, limit: options.Budget, temperature: float, seed: str,
+    max_answer_tokens: int | None, json: bool,
+) -> None:  # fmt: skip
+    """`ask --votes`: the answer that most paths give, and who gave what."""
+    found = reasoner.vote(question, votes, plan, limit, temperature, seed, max_answer_tokens)
+    read = reasoner.read(found.trace)
+    if json:
+        extra = {"votes": votes, "share": found.share, "counts": dict(found.counts), "rounds": found.rounds}
+        console.emit_json({**read.report(), **extra, "think_tokens_all": found.think_tokens})
+        return
+    told = ", ".join(f"{text or 'nothing'} x{count}" for text, count in found.counts.items())
+    console.say(f"{len(found.traces)} paths, {found.think_tokens} think tokens: {told}")
+    print(read.answer)
 
 
 def print_decision(facts: dict[str, Any]) -> None:

@@ -2,66 +2,125 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from gnomon.base.errors import ConfigError
 from gnomon.interfaces import console, options
 
+if TYPE_CHECKING:
+    from gnomon.reasoner import Reasoner
+
 Flag = Parameter(negative=())
+
+
+def _help(text: str) -> Parameter:
+    return Parameter(help=text)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Options that every measuring command shares: which model, which problems, how many at once."""
+
+    model: Annotated[str, _help("A shipped model (nano), smollm2, or a model folder.")] = "nano"
+    tasks: Annotated[str, _help("all, or names separated by commas: chain,count  gym:chain_sum  problems.jsonl")] = (
+        "all"
+    )
+    split: Annotated[str, _help("train, val, calibration or test.")] = "test"
+    n: Annotated[int, _help("How many problems: tasks in turn, levels uniform.")] = 200
+    levels: Annotated[str, _help("1-5, 4,5 or 3.")] = "1-5"
+    max_batch: Annotated[int, _help("Rows decoded together.")] = 64
+    rules: Annotated[str, _help("Soft rules, such as slack:share=0.2,loop (slack, margin, loop, cut).")] = ""
+    running: Annotated[bool, Flag, _help("Estimate again at boundaries; may close sooner than predicted.")] = False
+    device: Annotated[str, _help("cpu or cuda.")] = "cpu"
+    json: Annotated[bool, Flag, _help("Print one JSON object.")] = False
+
+    def load(self) -> tuple[Reasoner, tuple[int, ...]]:
+        """The model and the levels; what can be refused without loading anything is refused first."""
+        chosen, rules = options.levels(self.levels), options.rules(self.rules)
+        options.check_draw(self.tasks, self.split, self.n, chosen)
+        from gnomon.reasoner import Reasoner
+
+        return replace(Reasoner.load(self.model, device=self.device), rules=rules, running=self.running), chosen
 
 
 def evaluate(
     *,
-    model: str = "nano",
-    tasks: str = "all",
-    split: str = "test",
+    draw: Draw = Draw(),
     stream: str = "evaluate",
-    n: int = 200,
     plan: str = "predicted",
     budget: str = "predicted",
-    levels: str = "1-5",
     shots: int | None = None,
-    max_batch: int = 64,
-    device: str = "cpu",
-    json: Annotated[bool, Flag] = False,
+    votes: int = 1,
+    temperature: float = 0.8,
 ) -> None:
     """Accuracy, think tokens, budgets and confidence on held-out problems.
 
     Args:
-        model: A shipped model (nano), smollm2, or a model folder.
-        tasks: all, or names separated by commas: chain,count  gym:chain_sum  problems.jsonl
-        split: train, val, calibration or test.
         stream: Names the draw; another name, other problems of the same split.
-        n: How many problems: tasks in turn, levels uniform.
         plan: direct, steps, verify, decompose, predicted, or best (per family, chosen on val when shipped).
         budget: Think tokens at most: a number, predicted, or none.
-        levels: 1-5, 4,5 or 3.
         shots: Worked examples in every prompt, 0 to 3; by default as the family draws it.
-        max_batch: Rows decoded together.
-        device: cpu or cuda.
-        json: Print one JSON object.
+        votes: Sampled paths per problem; the majority answers (self-consistency). 1 decodes greedily.
+        temperature: Of the sampled paths.
     """
-    limit, name, chosen = options.budget(budget), options.check_plan(plan), options.levels(levels)
-    options.check_draw(tasks, split, n, chosen)
+    limit, name = options.budget(budget), options.check_plan(plan)
+    if votes < 1 or (votes > 1 and temperature <= 0):
+        raise ConfigError(
+            f"--votes {votes} --temperature {temperature}: write at least 1 vote, and a temperature above 0"
+        )
+    reasoner, chosen = draw.load()
+    if votes > 1:
+        _voted(reasoner, draw, stream, votes, name, limit, chosen, shots, temperature)
+        return
     from gnomon.evaluation.runner import evaluate as measure
-    from gnomon.reasoner import Reasoner
 
-    reasoner = Reasoner.load(model, device=device)
     found = measure(
-        reasoner, tasks, split, stream, n, name, limit, chosen, shots=shots, cap=reasoner.max_think, max_batch=max_batch
-    )
-    if json:
+        reasoner, draw.tasks, draw.split, stream, draw.n, name, limit, chosen, shots=shots, cap=reasoner.max_think,
+        max_batch=draw.max_batch,
+    )  # fmt: skip
+    if draw.json:
         console.emit_json(found.summary)
         return
     s = found.summary
     rows = [(key, s[key], s.get(f"{key}_ci")) for key in _SHOWN if s.get(key) is not None]
-    console.table(f"{model}: {n} problems of {tasks} ({split}/{stream})", ("measure", "value", "95 % interval"), rows)
+    console.table(
+        f"{draw.model}: {draw.n} problems of {draw.tasks} ({draw.split}/{stream})",
+        ("measure", "value", "95 % interval"),
+        rows,
+    )
     for key, title in (("by_task", "By task"), ("by_level", "By level"), ("by_plan", "By plan")):
         table = [(k, v["accuracy"], v["accuracy_ci"], v["think_tokens_mean"], v["n"]) for k, v in s[key].items()]
         console.table(title, ("", "accuracy", "95 % interval", "think tokens", "n"), table)
+
+
+def _voted(
+    reasoner: Reasoner, draw: Draw, stream: str, votes: int, plan: str, limit: options.Budget, levels: tuple[int, ...],
+    shots: int | None, temperature: float,
+) -> None:  # fmt: skip
+    """`evaluate --votes`: the majority of sampled paths."""
+    from gnomon.decoding.search import Votes
+    from gnomon.evaluation.votes import evaluate_votes
+    from gnomon.tasks.demonstrations import with_shots
+    from gnomon.tasks.procedural import problems
+
+    items = problems(draw.tasks, draw.split, stream, draw.n, levels)
+    if shots is not None:
+        items = [with_shots(p, shots) for p in items]
+    reflect = "verify" if "verify" in reasoner.codec.strategies else None
+    found = evaluate_votes(
+        reasoner, items, Votes(votes, reflect=reflect), plan, limit, temperature, max_batch=draw.max_batch
+    )
+    if draw.json:
+        console.emit_json(found)
+        return
+    rows = [(k, v, found.get(f"{k}_ci")) for k, v in found.items() if not k.endswith("_ci") and k != "by_task"]
+    console.table(f"{draw.model}: majority of {votes} paths", ("measure", "value", "95 % interval"), rows)
+    console.table("By task", ("", "accuracy", "n"), [(k, v["accuracy"], v["n"]) for k, v in found["by_task"].items()])
 
 
 _SHOWN = (
@@ -70,46 +129,25 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def sweep(
-    *,
-    model: str = "nano",
-    tasks: str = "all",
-    split: str = "test",
-    stream: str = "sweep",
-    n: int = 200,
-    val_n: int = 200,
-    levels: str = "1-5",
-    max_batch: int = 64,
-    csv: Path | None = None,
-    device: str = "cpu",
-    json: Annotated[bool, Flag] = False,
-) -> None:
+def sweep(*, draw: Draw = Draw(), stream: str = "sweep", val_n: int = 200, csv: Path | None = None) -> None:
     """Quality against budget: 8 budgets x all strategies, greedy, beside the prediction and the fixed policies.
 
     Args:
-        model: A shipped model (nano), smollm2, or a model folder.
-        tasks: all, or names separated by commas.
-        split: train, val, calibration or test.
-        stream: Names the draw.
-        n: How many problems.
+        stream: Names the draw; another name, other problems of the same split.
         val_n: Problems of the val split on which the fixed policies are chosen.
-        levels: 1-5, 4,5 or 3.
-        max_batch: Rows decoded together.
         csv: Also write one row per point to this file.
-        device: cpu or cuda.
-        json: Print one JSON object.
     """
-    chosen = options.levels(levels)
-    options.check_draw(tasks, split, n, chosen)
+    reasoner, chosen = draw.load()
     from gnomon.evaluation.runner import sweep as measure
-    from gnomon.reasoner import Reasoner
 
-    reasoner = Reasoner.load(model, device=device)
-    found = measure(reasoner, tasks, split, stream, n, chosen, val_n=val_n, cap=reasoner.max_think, max_batch=max_batch)
+    found = measure(
+        reasoner, draw.tasks, draw.split, stream, draw.n, chosen, val_n=val_n, cap=reasoner.max_think,
+        max_batch=draw.max_batch,
+    )  # fmt: skip
     if csv is not None:
         found.to_csv(csv)
         console.say(f"wrote {csv}")
-    if json:
+    if draw.json:
         console.emit_json(found.to_json())
         return
     rows = [
@@ -117,7 +155,7 @@ def sweep(
         for p in found.points
     ]
     columns = ("strategy", "budget", "accuracy", "95 % interval", "think tokens", "cut")
-    console.table(f"{model}: {n} problems of {tasks} ({split}/{stream})", columns, rows)
+    console.table(f"{draw.model}: {draw.n} problems of {draw.tasks} ({draw.split}/{stream})", columns, rows)
     fixed = [(k, v["accuracy"], v.get("accuracy_ci"), v["tokens"]) for k, v in found.extra.items() if "accuracy" in v]
     console.table("policies", ("policy", "accuracy", "95 % interval", "think tokens"), fixed)
 
