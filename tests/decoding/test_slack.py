@@ -396,10 +396,11 @@ def test_names_and_values_teach() -> None:
     with pytest.raises(ConfigError, match=r"'cut' needs tokens; write rule\('cut', tokens=…\)"):
         rule("cut")
     for name, bad in (
+        ("slack", {"share": "half"}), ("margin", {"threshold": None}),
         ("slack", {"share": 0}), ("slack", {"share": 1.1}), ("slack", {"strength": math.inf}),
         ("slack", {"strength": -1.0}), ("margin", {"threshold": -0.1}), ("margin", {"threshold": math.nan}),
         ("cut", {"tokens": -1}), ("cut", {"tokens": True}), ("cut", {"tokens": 2.5}), ("loop", {"period": 0}),
-        ("slack", {"share": "half"}), ("margin", {"threshold": None}), ("loop", {"repeats": 1}), ("loop", {"least": 2.0}), ("answer", {"threshold": 0.0}),
+        ("loop", {"repeats": 1}), ("loop", {"least": 2.0}), ("answer", {"threshold": 0.0}),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"rule '{name}': {next(iter(bad))} must be .* given"):
             rule(name, **bad)
