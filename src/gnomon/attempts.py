@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from gnomon.base.seeds import derive
+from gnomon.base.seeds import derive, fraction
 from gnomon.protocol.tags import STRUCTURE_TOKENS, TAGS
 from gnomon.protocol.trace import Request, Trace
 from gnomon.reasoner import Reasoner
@@ -49,10 +49,15 @@ def run(
     *,
     max_batch: int = 64,
     record_taps: bool = False,
+    sample_boundary: bool = False,
     max_answer_tokens: int = MAX_ANSWER_TOKENS,
     on_done: Callable[[int], object] | None = None,
 ) -> list[list[Attempt]]:
-    """Decode all jobs; one list of rollouts per job, in order. on_done(n) counts finished rollouts."""
+    """Decode all jobs; one list of rollouts per job, in order. on_done(n) counts finished rollouts.
+
+    record_taps: keep the states at "prompt", "think" and "end"; sample_boundary: also at one node boundary per rollout,
+    drawn uniformly by a hash (all of them would fill the memory).
+    """
     prompts: dict[str, tuple[int, ...]] = {}
     requests = []
     for number, job in enumerate(jobs):
@@ -77,12 +82,22 @@ def run(
 
     def keep(trace: Trace) -> None:
         number = int(trace.id)
+        if sample_boundary:
+            trace = one_boundary(trace, requests[number].seed)
         found[number].append(judge(reasoner, jobs[number].problem, trace))
         if on_done:
             on_done(1)
 
-    reasoner.engine(max_batch).run(requests, record_taps=record_taps, on_trace=keep)
+    reasoner.engine(max_batch).run(requests, record_taps=record_taps, record_boundaries=sample_boundary, on_trace=keep)
     return [sorted(rollouts, key=lambda a: a.trace.sample) for rollouts in found]
+
+
+def one_boundary(trace: Trace, seed: int) -> Trace:
+    """The trace with at most one boundary of its think block; which one depends on seed and sample alone."""
+    inside = [b for b in trace.boundaries or () if b[0] <= trace.used]  # a line end may belong to the closing tag
+    if not inside:
+        return replace(trace, boundaries=None)
+    return replace(trace, boundaries=[inside[int(fraction("boundary", seed, trace.sample) * len(inside))]])
 
 
 def judge(reasoner: Reasoner, problem: Problem, trace: Trace) -> Attempt:

@@ -12,13 +12,12 @@ from gnomon.base.seeds import numpy_generator
 from gnomon.evaluation import metrics
 from gnomon.evaluation.calibration_fit import (
     Uncapped,
-    conformal_offset,
     fit_card,
     fit_domain,
     fit_operating,
     fit_plan_threshold,
-    fit_scale,
 )
+from gnomon.evaluation.scaling import conformal_offset, fit_scale
 from gnomon.metacognition.calibration import clip_tokens, sigmoid
 
 PLANS = ("direct", "steps")

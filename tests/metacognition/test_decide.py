@@ -13,7 +13,16 @@ from pydantic import ValidationError
 
 from gnomon.base.errors import CheckpointError, ModelError, UnknownNameError
 from gnomon.base.seeds import seed_torch, torch_generator
-from gnomon.metacognition.calibration import BudgetClip, Card, Domain, Fitted, Quality, Temperatures, first_reaching
+from gnomon.metacognition.calibration import (
+    BudgetClip,
+    Card,
+    Domain,
+    Fitted,
+    Quality,
+    Running,
+    Temperatures,
+    first_reaching,
+)
 from gnomon.metacognition.config import MetacogConfig
 from gnomon.metacognition.decide import Decider, combine
 from gnomon.metacognition.heads import MetacogHeads, site_ids
@@ -183,3 +192,52 @@ def test_names_are_checked(heads: MetacogHeads, taps: torch.Tensor) -> None:
         Decider(heads).budget(taps[:1], ["step"])
     with pytest.raises(ModelError, match="plans"):
         Decider(heads, make_card(heads, plans=PLANS[::-1]))
+
+
+RUNNING = Running(offset=0.3, level=0.95, temperature=2.0, shift=0.5, n=100)
+
+
+def test_running_estimates_follow_the_card(heads: MetacogHeads, taps: torch.Tensor) -> None:
+    with torch.no_grad():
+        heads.trunk.used_offset.add_(torch.linspace(-0.2, 0.3, 16))
+    decider = Decider(heads, make_card(heads, running=RUNNING))
+    assert decider.reads_boundaries
+    used, plans = [3, 9, 0, 40, 2], ["steps", "direct", "verify", "steps", "no such plan"]
+    out = heads(taps, site_ids("boundary", N), torch.tensor(used).float())
+    got = decider.running(taps, plans, used)
+    for i, row in enumerate(got):
+        raw, logit = out.budget_raw[i].item(), out.conf_raw[i].item()
+        assert row.remaining == pytest.approx(max(math.expm1(raw), 0.0), rel=1e-4)
+        assert row.upper == pytest.approx(math.ceil(math.expm1(raw + 0.3)), abs=1) and row.upper >= row.remaining
+        assert row.raw == pytest.approx(logit, abs=1e-4)
+        if i in (2, 4):
+            assert row.confidence is None, "a plan that the card was not fitted for, or does not know"
+        else:
+            assert row.confidence == pytest.approx(1 / (1 + math.exp(-(logit / 2 + 0.5))), abs=1e-5)
+    later = decider.running(taps, plans, [u + 30 for u in used])
+    assert any(a.raw != b.raw for a, b in zip(got, later, strict=True)), "the tokens used so far are an input"
+    assert [r.confidence for r in decider.running(taps, plans, used, [False] * N)] == [None] * N
+    assert isinstance(got[0].upper, int)
+
+
+def test_a_card_without_running_estimates_reads_no_boundaries(heads: MetacogHeads, taps: torch.Tensor) -> None:
+    for decider in (Decider(heads), Decider(heads, make_card(heads))):
+        assert not decider.reads_boundaries
+        with pytest.raises(ModelError, match="calibrate it again"):
+            decider.running(taps, ["steps"] * N, [1] * N)
+
+
+def test_cards_with_and_without_running_estimates_load(tmp_path: Path, heads: MetacogHeads) -> None:
+    old, new = make_card(heads), make_card(heads, running=RUNNING)
+    assert old.digest() != new.digest()
+    old.save(tmp_path)
+    body = json.loads((tmp_path / "calibration.json").read_text())
+    assert "running" not in body, "byte for byte what older versions wrote, so their digests still hold"
+    assert Card.load(tmp_path) == old
+    new.save(tmp_path)
+    assert Card.load(tmp_path) == new
+    body = json.loads((tmp_path / "calibration.json").read_text())
+    body["running"]["offset"] = 0.0
+    (tmp_path / "calibration.json").write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match="changed after fitting"):
+        Card.load(tmp_path)

@@ -27,8 +27,22 @@ def need(strategy: str, difficulty: float) -> int:
     return round(RATE[strategy] * np.exp(2.0 + 2.5 * difficulty))
 
 
-def make_labels(n: int, seed: int, rollouts: int = 4, noise: float = 0.05) -> LabelSet:
-    """n problems; difficulty uniform in [0, 1]; states are a fixed random projection of the facts plus noise."""
+def make_labels(n: int, seed: int, rollouts: int = 4, noise: float = 0.05, boundaries: bool = False) -> LabelSet:
+    """n problems; difficulty uniform in [0, 1]; states are a fixed random projection of the facts plus noise.
+
+    boundaries: every rollout that thinks also has a state at a uniform place; it knows log of the whole need (so the
+    remainder depends on the tokens used as well) and, up to noise, whether the answer will be right.
+    """
+    there = numpy_generator("boundary-mix").normal(size=(L, 3, C)) / np.sqrt(3)
+    side = numpy_generator("boundaries", seed)
+
+    def halfway(used: int, right: bool) -> tuple[int, np.ndarray] | None:
+        if not boundaries or used < 2:
+            return None
+        facts = np.array([np.log1p(used), 1.0, (2.0 * right - 1.0) + side.normal()])
+        state = np.einsum("lkc,k->lc", there, facts) + noise * side.normal(size=(L, C))
+        return int(side.integers(1, used)), state.astype(np.float32)
+
     mix = numpy_generator("mix").normal(size=(3, L, 8, C)) / np.sqrt(8)
     rng = numpy_generator("labels", seed)
 
@@ -56,6 +70,7 @@ def make_labels(n: int, seed: int, rollouts: int = 4, noise: float = 0.05) -> La
                         closed=True,
                         taps_end=state(2, [d, 1.0, *one_hot, 2.0 * right - 1.0]),
                         greedy=r == 0,
+                        boundary=halfway(used, right),
                     )
                 )
             strategies[s] = StrategyLabels(state(1, [d, 1.0, *one_hot]), tuple(rolls))

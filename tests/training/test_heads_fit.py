@@ -97,6 +97,66 @@ def test_card_from_heads_promises_what_holds_on_new_problems(trained: Any, unsee
     assert np.mean([d.calibrated for d in strangers]) < 0.1
 
 
+@pytest.fixture(scope="module")
+def watched(synthetic: Any) -> Any:
+    return fit_heads(synthetic.make(250, seed=1, boundaries=True), SMALL, seed=0)
+
+
+def test_running_estimates_are_learned_from_state_and_tokens_used(watched: Any, synthetic: Any) -> None:
+    heads, report = watched
+    read = read_greedy(heads, synthetic.make(500, seed=2, boundaries=True))
+    there = read["boundary_used"] >= 0
+    assert not there[:, 0].any() and there[:, 1:].mean() > 0.99, "direct does not think"
+    assert (read["boundary_used"] + read["boundary_remaining"] == read["used"])[there].all()
+    held = there & read["correct"]
+    need, said = np.log1p(read["boundary_remaining"][held]), read["boundary_budget"][held]
+    assert metrics.pearson(said, need) > 0.9
+    whole, used = np.log1p(read["used"][held]), np.log1p(read["boundary_used"][held])
+    from_both = np.linalg.lstsq(np.stack([whole, used, used**2, np.ones_like(used)], 1), said, rcond=None)[0]
+    assert from_both[0] > 0.5, "more for a longer solution (the state)"
+    spent = held & (read["boundary_used"] > 0.8 * read["used"])
+    begun = held & (read["boundary_used"] < 0.2 * read["used"])
+    assert np.median(read["boundary_budget"][spent]) < np.median(read["boundary_budget"][begun]) - 1.0
+    assert metrics.auroc(read["boundary_conf"][there], read["correct"][there]) > 0.9
+    assert {"boundary_budget", "boundary_conf"} <= set(report["val"]) and "boundary" in report["telemetry"][
+        "alpha_by_site"
+    ]
+
+
+def test_the_running_bound_covers_what_it_says_on_new_problems(watched: Any, synthetic: Any) -> None:
+    heads, _ = watched
+    labels = synthetic.make(500, seed=2, boundaries=True)
+    card, report = fit_card(
+        Uncapped(**read_greedy(heads, labels)),
+        labels.cost_order(),
+        weights=heads.fingerprint(),
+        dataset="s",
+        stream="c",
+    )
+    assert card.running is not None and card.running.level >= 0.95
+    fresh = read_greedy(heads, synthetic.make(500, seed=9, boundaries=True))
+    decider = Decider(heads, card)
+    assert decider.reads_boundaries
+    held = (fresh["boundary_used"] >= 0) & fresh["correct"]
+    fits = card.running.upper(fresh["boundary_budget"][held]) >= fresh["boundary_remaining"][held]
+    level, n = card.running.level, min(card.running.n, len(fits))
+    assert fits.mean() > level - 3.5 * np.sqrt(2 * level * (1 - level) / n)
+    assert report["running"]["coverage"] == pytest.approx(
+        level, abs=4 * np.sqrt(2 * level * (1 - level) / card.running.n)
+    )
+    assert report["running"]["error"] < report["running"]["error_before"] + 0.1
+    assert report["running"]["auroc"] > 0.7
+
+
+def test_heads_that_never_saw_a_boundary_read_none(trained: Any, synthetic: Any) -> None:
+    labels, heads, report = trained
+    assert "boundary_budget" not in report["val"]
+    read = read_greedy(heads, synthetic.make(60, seed=4, boundaries=True))
+    assert (read["boundary_used"] == -1).all() and np.isnan(read["boundary_conf"]).all()
+    card, told = fit_card(Uncapped(**read), labels.cost_order(), weights="w", dataset="s", stream="c")
+    assert card.running is None and told["running"] is None and not Decider(heads, card).reads_boundaries
+
+
 def test_too_few_problems_is_a_clear_error(synthetic: Any) -> None:
     with pytest.raises(DataError, match="too few"):
         fit_heads(synthetic.make(1, seed=1), SMALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,60 @@ def test_round_trip(tmp_path: Path, synthetic: object) -> None:
         assert np.array_equal(getattr(again.arrays(), name), getattr(labels.arrays(), name), equal_nan=True), name
     assert again.problems[0].strategies["steps"].rollouts[0].greedy
     assert math.isnan(again.problems[0].prompt_logprob)
+
+
+def same(a: Rollout, b: Rollout) -> bool:
+    if a.boundary is None or b.boundary is None:
+        return a.boundary is b.boundary
+    return a.boundary[0] == b.boundary[0] and np.array_equal(a.boundary[1], b.boundary[1])
+
+
+def test_boundaries_survive_the_disk_where_there_are_some(tmp_path: Path, synthetic: Any) -> None:
+    labels = synthetic.make(7, seed=3, boundaries=True)
+    again = LabelSet.load(labels.save(tmp_path))
+    pairs = [
+        pair
+        for p, q in zip(labels.problems, again.problems, strict=True)
+        for s in labels.strategies
+        for pair in zip(p.strategies[s].rollouts, q.strategies[s].rollouts, strict=True)
+    ]
+    assert all(same(a, b) for a, b in pairs)
+    assert {a.boundary is None for a, _ in pairs} == {True, False}, "direct has none, the others have one"
+    for name, values in vars(labels.arrays().boundary).items():
+        assert np.array_equal(values, getattr(again.arrays().boundary, name), equal_nan=True), name
+
+
+def test_a_folder_from_before_there_were_boundaries_loads(tmp_path: Path, synthetic: Any) -> None:
+    labels = synthetic.make(4, seed=3)
+    labels.save(tmp_path)
+    body = json.loads((tmp_path / "labels.json").read_text())
+    body["version"] = 1
+    for p in body["problems"]:
+        p["rollouts"] = {s: [row[:6] for row in rows] for s, rows in p["rollouts"].items()}
+    (tmp_path / "labels.json").write_text(json.dumps(body))
+    again = LabelSet.load(tmp_path)
+    assert again.summary() == labels.summary()
+    data = again.arrays().boundary
+    assert data.taps.shape == (0, 4, 24) and len(data.need) == len(data.row) == 0
+
+
+def test_boundary_rows_say_what_is_still_to_come() -> None:
+    def cell(*facts: tuple[bool, int, bool, int | None]) -> StrategyLabels:
+        return StrategyLabels(
+            TAPS,
+            tuple(
+                Rollout(right, used, 2, -0.5, closed, TAPS, n == 0, None if at is None else (at, TAPS + n))
+                for n, (right, used, closed, at) in enumerate(facts)
+            ),
+        )
+
+    direct = cell((True, 0, True, None))
+    steps = cell((True, 20, True, 5), (False, 20, True, 5), (True, 64, False, 60), (True, 9, True, None))
+    data = LabelSet(("direct", "steps"), (labelled("a", direct=direct, steps=steps),)).arrays().boundary
+    assert np.expm1(data.need[[0, 2]]).round(4).tolist() == [15.0, 4.0] and np.isnan(data.need[1])
+    assert data.used.tolist() == [5, 5, 60] and data.correct.tolist() == [1, 0, 1]
+    assert data.censored.tolist() == [False, False, True]
+    assert data.taps[:, 0, 0].tolist() == [0, 1, 2] and data.row.tolist() == [0, 0, 0]
 
 
 def test_damage_is_named(tmp_path: Path, synthetic: object) -> None:

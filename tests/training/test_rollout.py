@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests import own
 
-from gnomon.attempts import Job, run
+from gnomon.attempts import Job, one_boundary, run
 from gnomon.protocol.tags import STRATEGIES
+from gnomon.protocol.trace import Request
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.procedural import problems
 from gnomon.training.labels import LabelSet
@@ -65,6 +68,39 @@ def test_states_differ_by_strategy_and_site(labels: LabelSet) -> None:
     row = labels.problems[0]
     thinks = [row.strategies[s].taps_think for s in STRATEGIES]
     assert not np.allclose(thinks[0], thinks[1]) and not np.allclose(thinks[0], row.taps_prompt)
+
+
+def test_every_rollout_keeps_one_of_its_boundaries(reasoner: Reasoner, labels: LabelSet) -> None:
+    items = problems("boolean", "train", "rollout", N, (1, 2))
+    seen = [r for p in labels.problems for s in STRATEGIES for r in p.strategies[s].rollouts]
+    assert all(r.boundary is None or 0 < r.boundary[0] <= r.used for r in seen)
+    requests = [
+        Request(str(i), tuple(reasoner.codec.encode_prompt(p.prompt)), plan="verify", budget=None, use_prediction=False,
+                max_answer_tokens=48)
+        for i, p in enumerate(items)
+    ]  # fmt: skip
+    traces = reasoner.engine(8).run(requests, record_boundaries=True)
+    some = 0
+    for row, trace in zip(labels.problems, traces, strict=True):
+        greedy = row.strategies["verify"].rollouts[0]
+        places = dict(trace.boundaries or [])
+        assert trace.used == greedy.used and bool(places) == (greedy.boundary is not None)
+        if greedy.boundary is not None:
+            assert np.allclose(greedy.boundary[1], places[greedy.boundary[0]], atol=1e-4)
+            some += 1
+    assert some
+
+
+def test_which_boundary_is_kept_is_uniform_and_reproducible(reasoner: Reasoner) -> None:
+    prompt = tuple(reasoner.codec.encode_prompt("x"))
+    (trace,) = reasoner.engine(1).run([Request("r", prompt, plan="verify", budget=3, use_prediction=False)])
+    full = replace(trace, used=7, boundaries=[(1, "a"), (3, "b"), (6, "c"), (9, "behind the end")])
+    kept = [one_boundary(full, seed).boundaries for seed in range(300)]
+    assert kept == [one_boundary(full, seed).boundaries for seed in range(300)]
+    counts = Counter(b[0][1] for b in kept if b)
+    assert set(counts) == {"a", "b", "c"} and min(counts.values()) > 70, "binomial(300, 1/3): mean 100, sd 8"
+    assert one_boundary(replace(full, boundaries=[(9, "behind")]), 0).boundaries is None
+    assert one_boundary(replace(full, boundaries=None), 0).boundaries is None
 
 
 def test_a_cap_censors_and_says_so(reasoner: Reasoner) -> None:

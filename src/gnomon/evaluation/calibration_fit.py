@@ -1,6 +1,7 @@
 """Fitting a calibration card from an uncapped greedy pass over the calibration split (decisions.md §4).
 
-Order: plan threshold, conformal budget offsets, then the temperatures at the operating point that these two define.
+Order: plan threshold, conformal budget offsets, then the temperatures at the operating point that these two define,
+then the running estimates inside it.
 N problems · K plans · P size of g.
 """
 
@@ -18,13 +19,14 @@ from numpy.typing import NDArray
 from gnomon.base.errors import DataError
 from gnomon.base.seeds import numpy_generator
 from gnomon.evaluation import metrics
-from gnomon.evaluation.baselines import Scaled
+from gnomon.evaluation.running_fit import Boundaries, fit_running
+from gnomon.evaluation.scaling import conformal_offset, fit_scale, quality
 from gnomon.metacognition.calibration import (
     BudgetClip,
     Card,
     Domain,
     Fitted,
-    Quality,
+    Running,
     Shifts,
     Temperatures,
     clip_tokens,
@@ -46,7 +48,9 @@ class Uncapped:
 
     plans: order of the columns and of the plan head. plan_probs, budget_raw (log1p tokens), conf_before and conf_after
     (logits) float [N, K]; correct, closed bool [N, K]; used int [N, K]; state [N, K, C] of block `layer` at
-    the think tag. The fields are those of `training.heads_fit.read_greedy`: `Uncapped(**read_greedy(heads, labels))`.
+    the think tag. Of one node boundary of each rollout: boundary_used, boundary_remaining (tokens, -1 where there is
+    none), boundary_budget, boundary_conf (NaN there) [N, K]; None = not recorded. The fields are those of
+    `training.heads_fit.read_greedy`: `Uncapped(**read_greedy(heads, labels))`.
     """
 
     plans: tuple[str, ...]
@@ -62,6 +66,10 @@ class Uncapped:
     level: tuple[int, ...] = ()
     answer_logprob: Floats | None = None
     layer: int = 0
+    boundary_used: Ints | None = None
+    boundary_remaining: Ints | None = None
+    boundary_budget: Floats | None = None
+    boundary_conf: Floats | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.family), len(self.plans))
@@ -79,39 +87,6 @@ class Uncapped:
 
 # (rows, plan names, caps) -> (correct, confidence-after logit) of those problems cut at the cap.
 CutDecode = Callable[[Ints, Sequence[str], Ints], tuple[Bools, Floats]]
-
-
-def fit_scale(logits: Floats, correct: Bools | Floats) -> tuple[float, float]:
-    """(temperature, shift) that minimise the log loss of sigmoid(logit / temperature + shift), Platt (1999).
-
-    The temperature is kept in [1/20, 20]; at a bound the shift matches the mean. One pseudo-row of either outcome keeps
-    the shift finite. Raises DataError on no rows.
-    """
-    x, y = np.asarray(logits, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    if not len(x):
-        raise DataError("a temperature needs at least one row")
-    x, y = np.append(x, [x.mean(), x.mean()]), np.append(y, [0.0, 1.0])
-    found = Scaled.fit(x, y)
-    slope = found.slope / found.spread
-    if 1 / 20 <= slope <= 20:
-        return 1.0 / slope, found.offset - slope * found.centre
-    temperature = 20.0 if slope < 1 / 20 else 1 / 20
-    mean = float(y.mean())
-    return temperature, math.log(mean / (1.0 - mean)) - found.centre / temperature
-
-
-def conformal_offset(raw: Floats, used: Ints, level: float) -> float:
-    """The offset in log1p(tokens) under which `level` of exchangeable needs fall (split-conformal quantile).
-
-    Caps are rounded up to whole tokens, so a need of u fits as soon as the unrounded cap passes u − 1; the score says
-    so, otherwise short needs would be covered too often.
-    """
-    need = np.maximum(np.asarray(used, dtype=np.float64) - 1.0, -1.0) + 1e-6
-    gap = np.sort(np.log1p(need) - raw)
-    if not len(gap):
-        raise DataError("no correct solution in the calibration split: the budget clip cannot be fitted")
-    rank = min(len(gap), math.ceil((len(gap) + 1) * level))
-    return float(gap[rank - 1])
 
 
 def fit_plan_threshold(
@@ -263,6 +238,7 @@ def fit_card(
     chosen = {data.plans[k]: int((plan == k).sum()) for k in range(len(data.plans))}
     fitted = [p for p, n in chosen.items() if n >= min_plan_rows] or [p for p, n in chosen.items() if n]
     states = data.state.reshape(-1, data.state.shape[-1])
+    running, measured = _running(data, plan, point)
     card = Card(
         weights=weights,
         plans=data.plans,
@@ -274,6 +250,7 @@ def fit_card(
         domain=fit_domain(states, _groups(data), data.layer),
         fitted_plans=tuple(fitted),
         best_plan=dict(best_plan or {}),
+        running=running,
         fitted=Fitted(
             dataset=dataset,
             stream=stream,
@@ -284,6 +261,7 @@ def fit_card(
     )
     report = _report(data, plan, point, chosen) | {
         "plan_threshold": tau,
+        "running": measured,
         "clip_coverage": metrics.coverage(clip_tokens(fit_raw, tested), fit_used),
         "unscaled": {
             "before": quality(sigmoid(before), point.correct).model_dump(),
@@ -291,6 +269,27 @@ def fit_card(
         },
     }
     return card, report
+
+
+def _running(
+    data: Uncapped, plan: Ints, point: OperatingPoint, enough: int = 200
+) -> tuple[Running | None, dict[str, Any] | None]:
+    """Running estimates at boundaries that the operating point reaches; of all plans where these are too few."""
+    used, remaining, budget, conf = (
+        data.boundary_used, data.boundary_remaining, data.boundary_budget, data.boundary_conf,
+    )  # fmt: skip
+    if used is None or remaining is None or budget is None or conf is None:
+        return None, None
+    chosen = np.arange(len(data.plans)) == plan[:, None]
+    held = (used >= 0) & chosen & (used <= point.caps[:, None])
+    outcome = np.where(chosen, point.correct[:, None], data.correct)
+    held = held if int(held.sum()) >= enough else used >= 0
+    rows = Boundaries(
+        problem=np.nonzero(held)[0], used=used[held], remaining=remaining[held], budget_raw=budget[held],
+        conf_raw=conf[held], solved=(data.correct & data.closed)[held], correct=outcome[held],
+        budget_before=data.budget_raw[held], conf_before=data.conf_before[held],
+    )  # fmt: skip
+    return fit_running(rows, point.level)
 
 
 def _report(data: Uncapped, plan: Ints, point: OperatingPoint, chosen: Mapping[str, int]) -> dict[str, Any]:
@@ -304,14 +303,3 @@ def _report(data: Uncapped, plan: Ints, point: OperatingPoint, chosen: Mapping[s
         "clip_loss": point.loss,
         "think_tokens_mean": float(np.minimum(pick(data.used), point.caps).mean()),
     }
-
-
-def quality(prob: Floats, correct: Bools) -> Quality:
-    """ECE, Brier and AUROC (None when one class is missing) of probabilities [N]."""
-    area = metrics.auroc(prob, correct)
-    return Quality(
-        n=len(prob),
-        ece=metrics.ece(prob, correct),
-        brier=metrics.brier(prob, correct),
-        auroc=None if math.isnan(area) else area,
-    )

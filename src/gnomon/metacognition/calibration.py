@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,28 @@ class Domain(_Frozen):
         return np.asarray(np.sqrt(np.square(gaps).sum(-1).min(1)))
 
 
+class Running(_Frozen):
+    """Running estimates at node boundaries (row C8).
+
+    offset: in log1p(tokens), on the predicted remainder; with it `level` of the needs of solutions fit (n of them).
+    temperature, shift: of the confidence logit read there.
+    """
+
+    offset: float
+    level: float = Field(gt=0.0, lt=1.0)
+    temperature: float = Field(gt=0.0)
+    shift: float
+    n: int = Field(ge=1)
+
+    def upper(self, raw: Floats) -> NDArray[np.int64]:
+        """Predicted log1p(remaining tokens) [N] -> conformal upper bound in whole tokens [N]."""
+        return clip_tokens(raw, self.offset)
+
+    def confidence(self, raw: Floats) -> Floats:
+        """Raw logits [N] -> probabilities [N]."""
+        return scaled(raw, self.temperature, self.shift)
+
+
 class Quality(_Frozen):
     """What the card reached on its own calibration data; n rows."""
 
@@ -111,7 +133,10 @@ class Fitted(_Frozen):
 
 
 class Card(_Frozen):
-    """One calibration. `weights` is the fingerprint of the heads; `digest` guards the file against edits."""
+    """One calibration. `weights` is the fingerprint of the heads; `digest` guards the file against edits.
+
+    running: None where the heads learned nothing at boundaries (all cards before 2026-11-21).
+    """
 
     kind: Literal["gnomon.calibration"] = "gnomon.calibration"
     version: int = VERSION
@@ -125,6 +150,7 @@ class Card(_Frozen):
     domain: Domain | None = None
     fitted_plans: tuple[str, ...] = Field(min_length=1)
     best_plan: dict[str, str] = Field(default_factory=dict)
+    running: Running | None = None
     fitted: Fitted
 
     @model_validator(mode="after")
@@ -139,14 +165,17 @@ class Card(_Frozen):
         return self
 
     def digest(self) -> str:
-        """Hash of the contents in canonical form."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """Hash of the contents in canonical form; a part that is not there does not enter."""
+        text = json.dumps(self._body(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _body(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"running"} if self.running is None else None)
 
     def save(self, path: Path) -> None:
         """Write the card as JSON (with its digest) to a file; a folder gets the usual file name."""
         path = path / FILE_NAME if path.is_dir() else path
-        body = {**self.model_dump(mode="json"), "digest": self.digest()}
+        body = {**self._body(), "digest": self.digest()}
         partial = path.with_suffix(".partial")
         domain = json.dumps(body["domain"], separators=(",", ":"))  # thousands of numbers: one line
         text = json.dumps({**body, "domain": "@"}, indent=1).replace('"@"', domain)

@@ -1,4 +1,4 @@
-"""Heads + card -> decisions. The engine calls `plan`, `budget` and `after`; nothing else interprets the heads."""
+"""Heads + card -> decisions. The engine calls `plan`, `budget`, `running` and `after`; nothing else interprets them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gnomon.base.errors import ModelError, unknown
 from gnomon.metacognition.calibration import Card, Floats, clip_tokens
-from gnomon.metacognition.config import END, PROMPT, THINK_SITE
+from gnomon.metacognition.config import BOUNDARY, END, PROMPT, THINK_SITE
 from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.native import NativeHeads, available
 
@@ -47,6 +47,19 @@ class AfterDecision:
 
     confidence: float | None
     calibrated: bool
+    raw: float
+
+
+@dataclass(frozen=True)
+class RunningDecision:
+    """At a boundary: remaining think tokens expected, their conformal upper bound in whole tokens, never negative.
+
+    confidence: probability of a right answer, None when unknown; raw: its logit.
+    """
+
+    remaining: float
+    upper: int
+    confidence: float | None
     raw: float
 
 
@@ -87,6 +100,11 @@ class Decider:
         self.card = card
         self.plans = heads.config.plans
         self._native = NativeHeads(self.heads) if available(self.heads) else None  # a copy: heads do not change here
+
+    @property
+    def reads_boundaries(self) -> bool:
+        """Whether the card knows how to read states at boundaries."""
+        return self.card is not None and self.card.running is not None
 
     def plan(self, taps: Tensor) -> list[PlanDecision]:
         """taps [B, L, C] at the last prompt token -> one PlanDecision per row."""
@@ -153,6 +171,26 @@ class Decider:
         known = [bool(f) and self.card.covers(p) for f, p in zip(flags, plans, strict=True)]
         return [
             AfterDecision(float(p) if k else None, k, float(r)) for p, k, r in zip(probs, known, logits, strict=True)
+        ]
+
+    def running(
+        self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: Sequence[bool] | None = None
+    ) -> list[RunningDecision]:
+        """taps [B, L, C] at node boundaries, think tokens used so far -> what is still needed, one per row.
+
+        calibrated: the rows' flags from `budget`; by default only the plan is judged. Raises ModelError where
+        `reads_boundaries` is false.
+        """
+        if self.card is None or self.card.running is None:
+            raise ModelError("this layer has no calibration at boundaries; label, train and calibrate it again")
+        assert len(plans) == taps.shape[0] == len(used), "one plan and one count per row"
+        out = self._read(taps, BOUNDARY, torch.tensor(list(used), dtype=torch.float32))
+        remaining = np.maximum(np.expm1(np.minimum(out.budget, 16.0)), 0.0)
+        upper, probs = self.card.running.upper(out.budget), self.card.running.confidence(out.confidence)
+        flags = [True] * len(plans) if calibrated is None else list(calibrated)
+        return [
+            RunningDecision(float(r), int(u), float(p) if f and self.card.covers(plan) else None, float(z))
+            for r, u, p, z, f, plan in zip(remaining, upper, probs, out.confidence, flags, plans, strict=True)
         ]
 
     def distance(self, taps: Tensor) -> Floats | None:

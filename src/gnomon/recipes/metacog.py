@@ -81,7 +81,7 @@ def draw_labels(base: Reasoner, config: MetacogRunConfig, split: str, n: int, sa
     strategies = config.strategies or base.codec.strategies
     facts = {
         "base": base.base, "tasks": config.tasks, "split": split, "n": n, "samples": samples, "levels": config.levels,
-        "stream": config.stream, "cap": config.max_think, "strategies": strategies, "version": 1,
+        "stream": config.stream, "cap": config.max_think, "strategies": strategies, "version": 2,
     }  # fmt: skip
     folder = cache_folder(cache, facts)
     if (folder / "labels.json").is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from gnomon.base.errors import DataError
 from gnomon.base.seeds import fraction, seed_torch, torch_generator
-from gnomon.metacognition.config import END, PROMPT, THINK_SITE, MetacogConfig
+from gnomon.metacognition.config import BOUNDARY, END, PROMPT, THINK_SITE, MetacogConfig
 from gnomon.metacognition.heads import MetacogHeads, MetacogOutput, telemetry
 from gnomon.training import objectives
-from gnomon.training.labels import HeadData, LabelSet
+from gnomon.training.labels import HeadData, LabelSet, Rollout
 from gnomon.training.loop import fit
 from gnomon.training.objectives import LossWeights
 
-Rows = Tensor | NDArray[np.int64]
+SITES_IN_ORDER = (PROMPT, THINK_SITE, END, BOUNDARY)  # of the rows of a batch
 
 
 class HeadsConfig(BaseModel):
@@ -69,23 +70,24 @@ class _Set:
         self.think, self.share = take(data.think_taps, think), take(data.share, think)
         self.budget, self.censored = take(data.budget, think), take(data.censored, think)
         self.end, self.used, self.correct = take(data.end_taps, end), take(data.used, end), take(data.correct, end)
+        at, rows = data.boundary, problems[data.boundary.row]
+        self.boundary, self.spent, self.need = take(at.taps, rows), take(at.used, rows), take(at.need, rows)
+        self.need_censored, self.outcome = take(at.censored, rows), take(at.correct, rows)
 
-    def sizes(self) -> tuple[int, int, int]:
-        return len(self.plan), len(self.share), len(self.correct)
+    def sizes(self) -> tuple[int, int, int, int]:
+        return len(self.plan), len(self.share), len(self.correct), len(self.outcome)
 
 
 def _parts(
-    heads: MetacogHeads, data: _Set, p: Tensor, t: Tensor, e: Tensor, smoothing: float = 0.0
+    heads: MetacogHeads, data: _Set, rows: Sequence[Tensor], smoothing: float = 0.0
 ) -> tuple[dict[str, Tensor], MetacogOutput]:
-    """Losses on rows p of the prompt states, t of the think states, e of the end states; one forward pass."""
-    n = (len(p), len(t), len(e))
-    taps = torch.cat([data.prompt[p], data.think[t], data.end[e]])
-    site = torch.cat(
-        [torch.full((k,), s, device=taps.device) for k, s in zip(n, (PROMPT, THINK_SITE, END), strict=True)]
-    )
-    used = torch.cat([torch.zeros(n[0] + n[1], device=taps.device), data.used[e]])
-    out: MetacogOutput = heads(taps, site, used, per_layer=True)
-    a, b = n[0], n[0] + n[1]
+    """Losses on rows of the prompt, think, end and boundary states (in this order); one forward pass."""
+    p, t, e, m = rows
+    n = (len(p), len(t), len(e), len(m))
+    taps = torch.cat([data.prompt[p], data.think[t], data.end[e], data.boundary[m]])
+    used = torch.cat([torch.zeros(n[0] + n[1], device=taps.device), data.used[e], data.spent[m]])
+    out: MetacogOutput = heads(taps, _sites(n, taps.device), used, per_layer=True)
+    a, b, c = n[0], n[0] + n[1], n[0] + n[1] + n[2]
     plan_pl, budget_pl, conf_pl = (out.per_layer[k] for k in ("plan_logits_pl", "budget_raw_pl", "conf_raw_pl"))
     need, cut, share, right = data.budget[t], data.censored[t], data.share[t], data.correct[e]
     parts = {
@@ -93,12 +95,15 @@ def _parts(
         "budget": objectives.budget_error(out.budget_raw[a:b], need, cut),
         "budget_quantile": objectives.budget_pinball(out.budget_raw[a:b], need, 0.5, cut),
         "conf_before": objectives.confidence_bce(out.conf_raw[a:b], share),
-        "conf_after": objectives.confidence_bce(out.conf_raw[b:], right),
+        "conf_after": objectives.confidence_bce(out.conf_raw[b:c], right),
         "conf_rank": objectives.confidence_rank(out.conf_raw[a:b], share)
-        + objectives.confidence_rank(out.conf_raw[b:], right),
+        + objectives.confidence_rank(out.conf_raw[b:c], right),
+        "boundary_budget": objectives.budget_error(out.budget_raw[c:], data.need[m], data.need_censored[m]),
+        "boundary_conf": objectives.confidence_bce(out.conf_raw[c:], data.outcome[m]),
+        "boundary_rank": objectives.confidence_rank(out.conf_raw[c:], data.outcome[m]),
         "layer_plan": objectives.plan_ce(plan_pl[:a], data.plan[p], smoothing),
         "layer_budget": objectives.budget_error(budget_pl[a:b], need, cut),
-        "layer_conf": objectives.confidence_bce(conf_pl[a:b], share) + objectives.confidence_bce(conf_pl[b:], right),
+        "layer_conf": objectives.confidence_bce(conf_pl[a:b], share) + objectives.confidence_bce(conf_pl[b:c], right),
         "layer_budget_var": objectives.layer_variance(budget_pl[a:b]),
     }
     return parts, out
@@ -130,8 +135,8 @@ def fit_heads(
     draw = torch_generator("heads-batches", seed)
 
     def step_loss(_: int) -> tuple[Tensor, dict[str, float]]:
-        rows = [torch.randint(n, (config.batch,), generator=draw).to(device) for n in train.sizes()]
-        parts, _out = _parts(heads, train, rows[0], rows[1], rows[2], config.plan_smoothing)
+        rows = [torch.randint(max(n, 1), (config.batch * (n > 0),), generator=draw).to(device) for n in train.sizes()]
+        parts, _out = _parts(heads, train, rows, config.plan_smoothing)
         return objectives.weighted(parts, config.weights)
 
     def watch(step: int, row: dict[str, Any]) -> bool:
@@ -174,16 +179,18 @@ def evaluate_heads(heads: MetacogHeads, data: _Set, weights: LossWeights, limit:
     rows = [torch.arange(0, n, max(1, math.ceil(n / limit))) for n in data.sizes()]
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
-    site_of = {"plan": 0, "budget": 1, "conf_before": 1, "conf_after": 2}
+    site_of = {"plan": 0, "budget": 1, "conf_before": 1, "conf_after": 2, "boundary_budget": 3, "boundary_conf": 3}
+    targets = {"budget": data.budget, "boundary_budget": data.need}
     chunk = 512
     hits = 0.0
     for start in range(0, max(map(len, rows)), chunk):
         part_rows = [r[start : start + chunk] for r in rows]
-        parts, out = _parts(heads, data, part_rows[0], part_rows[1], part_rows[2])
+        parts, out = _parts(heads, data, part_rows)
         n_plan = len(part_rows[0])
         hits += float((out.plan_logits[:n_plan].argmax(-1) == data.plan[part_rows[0]]).sum())
         for name, k in site_of.items():
-            n = float((~torch.isnan(data.budget[part_rows[1]])).sum()) if name == "budget" else float(len(part_rows[k]))
+            known = targets.get(name)
+            n = float(len(part_rows[k]) if known is None else (~torch.isnan(known[part_rows[k]])).sum())
             if n:
                 sums[name] = sums.get(name, 0.0) + float(parts[name]) * n
                 counts[name] = counts.get(name, 0.0) + n
@@ -196,16 +203,18 @@ def evaluate_heads(heads: MetacogHeads, data: _Set, weights: LossWeights, limit:
 
 
 def _initialise(heads: MetacogHeads, train: _Set) -> None:
-    taps = torch.cat([train.prompt, train.think, train.end])
-    sizes = train.sizes()
-    site = torch.cat(
-        [torch.full((n,), s, device=taps.device) for n, s in zip(sizes, (PROMPT, THINK_SITE, END), strict=True)]
-    )
+    taps = torch.cat([train.prompt, train.think, train.end, train.boundary])
+    site = _sites(train.sizes(), taps.device)
     if heads.config.layers is not None:
         taps = taps.index_select(1, heads.layer_index)
     heads.trunk.set_statistics(taps, site)
     known = train.budget[~torch.isnan(train.budget)]
     heads.start_from(float(known.mean()) if len(known) else 3.0, float(train.share.mean()))
+
+
+def _sites(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Site numbers of a batch with so many rows of each of SITES_IN_ORDER, [N] int64."""
+    return torch.cat([torch.full((n,), s, device=device) for n, s in zip(sizes, SITES_IN_ORDER, strict=True)])
 
 
 def _groups(heads: MetacogHeads, weight_decay: float) -> list[dict[str, Any]]:
@@ -233,6 +242,7 @@ def _gauges(heads: MetacogHeads, data: _Set) -> dict[str, Any]:
         ("prompt", PROMPT, data.prompt, None),
         ("think", THINK_SITE, data.think, None),
         ("end", END, data.end, data.used),
+        ("boundary", BOUNDARY, data.boundary, data.spent),
     ):
         if not len(taps):
             continue
@@ -258,40 +268,66 @@ def read_greedy(heads: MetacogHeads, labels: LabelSet, chunk: int = 1024) -> dic
     """What the heads say about every problem and strategy, beside what the greedy rollout did.
 
     Returns {plans, family, level, plan_probs, budget_raw, conf_before, conf_after, correct, used, closed,
-    answer_logprob [N, K], state [N, K, C] of block `layer`} in numpy: what calibration fits on.
+    answer_logprob [N, K], state [N, K, C] of block `layer`} in numpy: what calibration fits on; and, for one node
+    boundary of each rollout, {boundary_used, boundary_remaining (-1 where there is none), boundary_budget,
+    boundary_conf (NaN where there is none) [N, K]}.
     """
-
-    def read(taps: list[NDArray[np.float32]], site: int, used: list[int] | None = None) -> list[MetacogOutput]:
-        outs = []
-        for start in range(0, len(taps), chunk):
-            part = torch.from_numpy(np.stack(taps[start : start + chunk]))
-            tokens = torch.zeros(len(part)) if used is None else torch.tensor(used[start : start + chunk]).float()
-            outs.append(heads(part, torch.full((len(part),), site), tokens))
-        return outs
-
-    def joined(outs: list[MetacogOutput], name: str) -> NDArray[np.float64]:
-        return np.concatenate([getattr(o, name).double().numpy() for o in outs])
-
     names = labels.strategies
     shape = (len(labels.problems), len(names))
     cells = [p.strategies[s] for p in labels.problems for s in names]
     greedy = [next((r for r in c.rollouts if r.greedy), c.rollouts[0]) for c in cells]
-    prompt = read([p.taps_prompt for p in labels.problems], PROMPT)
-    think = read([c.taps_think for c in cells], THINK_SITE)
-    end = read([r.taps_end for r in greedy], END, [r.used for r in greedy])
+    prompt = _read(heads, [p.taps_prompt for p in labels.problems], PROMPT, chunk=chunk)
+    think = _read(heads, [c.taps_think for c in cells], THINK_SITE, chunk=chunk)
+    end = _read(heads, [r.taps_end for r in greedy], END, [r.used for r in greedy], chunk)
     logits = torch.cat([o.plan_logits for o in prompt])
+    boundaries = _read_boundaries(heads, greedy, chunk)
     return {
         "plans": names,
         "family": tuple(p.family for p in labels.problems),
         "level": tuple(p.level for p in labels.problems),
         "plan_probs": logits.softmax(-1).double().numpy(),
-        "budget_raw": joined(think, "budget_raw").reshape(shape),
-        "conf_before": joined(think, "conf_raw").reshape(shape),
-        "conf_after": joined(end, "conf_raw").reshape(shape),
+        "budget_raw": _joined(think, "budget_raw").reshape(shape),
+        "conf_before": _joined(think, "conf_raw").reshape(shape),
+        "conf_after": _joined(end, "conf_raw").reshape(shape),
         "correct": np.array([r.correct for r in greedy]).reshape(shape),
         "used": np.array([r.used for r in greedy], dtype=np.int64).reshape(shape),
         "closed": np.array([r.closed for r in greedy]).reshape(shape),
         "answer_logprob": np.array([r.answer_logprob for r in greedy]).reshape(shape),
         "state": np.stack([c.taps_think[domain_layer(heads)] for c in cells]).reshape(*shape, -1),
         "layer": domain_layer(heads),
+        **{name: values.reshape(shape) for name, values in boundaries.items()},
     }
+
+
+def _read_boundaries(heads: MetacogHeads, rollouts: Sequence[Rollout], chunk: int) -> dict[str, NDArray[Any]]:
+    """The `boundary_*` values of `read_greedy`, flat. Heads that never saw a boundary read none."""
+    found = [(i, *r.boundary) for i, r in enumerate(rollouts) if r.boundary is not None]
+    if not bool(heads.trunk.site_offset[BOUNDARY].any()):  # zero at initialisation, moved by the first step
+        found = []
+    used, remaining = np.full((2, len(rollouts)), -1, dtype=np.int64)
+    budget, conf = np.full((2, len(rollouts)), np.nan)
+    if found:
+        at = np.array([i for i, _, _ in found])
+        used[at] = [spent for _, spent, _ in found]
+        remaining[at] = np.array([rollouts[i].used for i in at]) - used[at]
+        outs = _read(heads, [taps for _, _, taps in found], BOUNDARY, [spent for _, spent, _ in found], chunk)
+        budget[at], conf[at] = _joined(outs, "budget_raw"), _joined(outs, "conf_raw")
+    return {
+        "boundary_used": used, "boundary_remaining": remaining, "boundary_budget": budget, "boundary_conf": conf,
+    }  # fmt: skip
+
+
+def _read(
+    heads: MetacogHeads, taps: list[NDArray[np.float32]], site: int, used: list[int] | None = None, chunk: int = 1024
+) -> list[MetacogOutput]:
+    """States [L, C] read at one site in chunks; used: tokens so far, default 0."""
+    outs = []
+    for start in range(0, len(taps), chunk):
+        part = torch.from_numpy(np.stack(taps[start : start + chunk]))
+        tokens = torch.zeros(len(part)) if used is None else torch.tensor(used[start : start + chunk]).float()
+        outs.append(heads(part, torch.full((len(part),), site), tokens))
+    return outs
+
+
+def _joined(outs: list[MetacogOutput], name: str) -> NDArray[np.float64]:
+    return np.concatenate([getattr(o, name).double().numpy() for o in outs])

@@ -1,7 +1,7 @@
 """Labels made by sampling the model itself (decisions.md §3), kept with the states that they belong to.
 
-One problem gives at most one plan example, one (budget, confidence-before) example per strategy, and one
-confidence-after example per rollout. L layers · C hidden size.
+One problem gives at most one plan example, one (budget, confidence-before) example per strategy, and per rollout one
+confidence-after example and at most one (remaining, confidence) example at a node boundary. L layers · C hidden size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -35,7 +35,8 @@ class Rollout:
     """One uncapped decode of one strategy.
 
     used: think tokens; closed: the model itself closed the block (False = cut by a limit: censored);
-    answer_logprob: mean per answer token, NaN without one; taps_end [L, C] at the end tag.
+    answer_logprob: mean per answer token, NaN without one; taps_end [L, C] at the end tag;
+    boundary: (think tokens used there, state [L, C]) at one node boundary of the block, None where there is none.
     """
 
     correct: bool
@@ -45,6 +46,7 @@ class Rollout:
     closed: bool
     taps_end: States
     greedy: bool = False
+    boundary: tuple[int, States] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,23 @@ class LabelledProblem:
 
 
 @dataclass(frozen=True)
+class BoundaryData:
+    """Rows: rollouts with a boundary. taps [R, L, C], used [R] tokens there, correct [R], row [R] of the problem.
+
+    need [R]: log1p(tokens still to come), NaN where the rollout was wrong; censored [R]: it was at least that.
+    """
+
+    taps: States
+    used: States
+    need: States
+    censored: NDArray[np.bool_]
+    correct: States
+    row: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class HeadData:
-    """Training arrays. Rows of `prompt`: problems; `think`: problem × strategy; `end`: rollouts.
+    """Training arrays. Rows of `prompt`: problems; `think`: problem × strategy; `end`: rollouts; `boundary`: some.
 
     prompt_taps [P, L, C], plan [P] int64 (-1 none) · think_taps [T, L, C], budget [T] log1p(tokens) (NaN none),
     censored [T], share [T], strategy [T] · end_taps [E, L, C], used [E], correct [E] · *_row: index of the problem.
@@ -111,6 +128,7 @@ class HeadData:
     used: States
     correct: States
     end_row: NDArray[np.int64]
+    boundary: BoundaryData
 
 
 @dataclass(frozen=True)
@@ -172,6 +190,26 @@ class LabelSet:
             used=np.array([e[1] for e in end], dtype=np.float32),
             correct=np.array([e[2] for e in end], dtype=np.float32),
             end_row=np.array([e[3] for e in end], dtype=np.int64),
+            boundary=self._boundaries(),
+        )
+
+    def _boundaries(self) -> BoundaryData:
+        found = [
+            (taps, used, r.correct, math.log1p(r.used - used) if r.correct else math.nan, not r.closed, row)
+            for row, p in enumerate(self.problems)
+            for s in self.strategies
+            for r in p.strategies[s].rollouts
+            if r.boundary is not None
+            for used, taps in (r.boundary,)
+        ]
+        empty = np.zeros((0, *self.problems[0].taps_prompt.shape), dtype=np.float32)
+        return BoundaryData(
+            taps=_stack(f[0] for f in found) if found else empty,
+            used=np.array([f[1] for f in found], dtype=np.float32),
+            need=np.array([f[3] for f in found], dtype=np.float32),
+            censored=np.array([f[4] for f in found], dtype=np.bool_),
+            correct=np.array([f[2] for f in found], dtype=np.float32),
+            row=np.array([f[5] for f in found], dtype=np.int64),
         )
 
     def summary(self) -> dict[str, Any]:
@@ -203,6 +241,9 @@ class LabelSet:
             "think": _stack(s.taps_think for s in strategies),
             "end": _stack(r.taps_end for s in strategies for r in s.rollouts),
         }
+        boundaries = [r.boundary[1] for s in strategies for r in s.rollouts if r.boundary is not None]
+        if boundaries:
+            states["boundary"] = _stack(boundaries)
         save_tensors(folder, STATES_FILE, {k: torch.from_numpy(v) for k, v in states.items()})
         facts = [
             {
@@ -214,13 +255,13 @@ class LabelSet:
             }
             for p in self.problems
         ]
-        body = {"version": 1, "strategies": self.strategies, "meta": self.meta, "problems": facts}
+        body = {"version": 2, "strategies": self.strategies, "meta": self.meta, "problems": facts}
         write_atomic(folder / FACTS_FILE, json.dumps(body) + "\n")
         return folder
 
     @classmethod
     def load(cls, folder: Path) -> LabelSet:
-        """Read what `save` wrote. Raises DataError when it is missing, damaged or inconsistent."""
+        """Read what `save` wrote (version 1 has no boundaries). Raises DataError when it is missing or damaged."""
         path = folder / FACTS_FILE
         if not path.is_file():
             raise DataError(f"no label set in {str(folder)!r}: {FACTS_FILE} is missing (was labelling interrupted?)")
@@ -229,12 +270,13 @@ class LabelSet:
             body = json.loads(path.read_text(encoding="utf-8"))
             names = tuple(body["strategies"])
             think, end = iter(states["think"]), iter(states["end"])
+            boundary = iter(states.get("boundary", ()))
             problems = []
             for row, fact in enumerate(body["problems"]):
                 found = {}
                 for s in names:
                     taps = next(think)
-                    found[s] = StrategyLabels(taps, tuple(_rollout(r, next(end)) for r in fact["rollouts"][s]))
+                    found[s] = StrategyLabels(taps, tuple([_rollout(r, end, boundary) for r in fact["rollouts"][s]]))
                 measured = fact["prompt_logprob"]
                 problems.append(
                     LabelledProblem(
@@ -258,19 +300,21 @@ def cache_folder(root: Path, facts: Mapping[str, Any]) -> Path:
 
 
 def _row(r: Rollout) -> list[Any]:
-    return [int(r.correct), r.used, r.answer_tokens, _number(r.answer_logprob), int(r.closed), int(r.greedy)]
+    facts = [int(r.correct), r.used, r.answer_tokens, _number(r.answer_logprob), int(r.closed), int(r.greedy)]
+    return [*facts, None if r.boundary is None else r.boundary[0]]
 
 
-def _rollout(row: Sequence[Any], taps_end: States) -> Rollout:
-    correct, used, answer_tokens, logprob, closed, greedy = row
+def _rollout(row: Sequence[Any], ends: Iterator[States], boundaries: Iterator[States]) -> Rollout:
+    correct, used, answer_tokens, logprob, closed, greedy, *place = row
     return Rollout(
         correct=bool(correct),
         used=int(used),
         answer_tokens=int(answer_tokens),
         answer_logprob=math.nan if logprob is None else float(logprob),
         closed=bool(closed),
-        taps_end=taps_end,
+        taps_end=next(ends),
         greedy=bool(greedy),
+        boundary=(int(place[0]), next(boundaries)) if place and place[0] is not None else None,
     )
 
 

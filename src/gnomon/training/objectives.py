@@ -16,7 +16,10 @@ from gnomon.base.errors import unknown
 
 
 class LossWeights(BaseModel):
-    """Weight of each named part; 0 switches it off. `layer_*` train the per-layer experts."""
+    """Weight of each named part; 0 switches it off. `layer_*` train the per-layer experts.
+
+    `boundary_*` train the running estimates: remaining tokens, final correctness and its order.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,6 +29,9 @@ class LossWeights(BaseModel):
     conf_before: float = Field(default=1.0, ge=0.0)
     conf_after: float = Field(default=1.0, ge=0.0)
     conf_rank: float = Field(default=0.2, ge=0.0)
+    boundary_budget: float = Field(default=0.5, ge=0.0)
+    boundary_conf: float = Field(default=0.5, ge=0.0)
+    boundary_rank: float = Field(default=0.1, ge=0.0)
     layer_plan: float = Field(default=0.2, ge=0.0)
     layer_budget: float = Field(default=0.2, ge=0.0)
     layer_conf: float = Field(default=0.2, ge=0.0)

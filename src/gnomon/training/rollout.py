@@ -45,11 +45,14 @@ def label(
     on_done: Callable[[int], object] | None = None,
     meta: dict[str, Any] | None = None,
 ) -> LabelSet:
-    """Roll out all strategies on all problems and keep outcomes with the states they belong to."""
+    """Roll out all strategies on all problems and keep outcomes with the states they belong to.
+
+    Every rollout keeps the state at one of its node boundaries, where it has any.
+    """
     names = tuple(strategies or reasoner.codec.strategies)
     bare = replace(reasoner, decider=None)
     jobs = jobs_for(problems, names, samples, cap, seed)
-    found = run(bare, jobs, max_batch=max_batch, record_taps=True, on_done=on_done)
+    found = run(bare, jobs, max_batch=max_batch, record_taps=True, sample_boundary=True, on_done=on_done)
     per_job = 2 if samples else 1
     labelled = []
     for i, problem in enumerate(problems):
@@ -76,6 +79,7 @@ def _rollout(attempt: Attempt, greedy: bool) -> Rollout:
     trace = attempt.trace
     assert trace.taps is not None
     logprob = trace.answer_logprob
+    boundary = trace.boundaries[0] if trace.boundaries else None
     return Rollout(
         correct=attempt.correct,
         used=trace.used,
@@ -84,4 +88,5 @@ def _rollout(attempt: Attempt, greedy: bool) -> Rollout:
         closed=trace.closed_naturally,
         taps_end=trace.taps["end"],
         greedy=greedy,
+        boundary=boundary,
     )

@@ -1,0 +1,104 @@
+"""Fitting running estimates: an upper bound of the tokens still needed, and confidence, at node boundaries (row C8).
+
+R rows: one boundary of one greedy rollout each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gnomon.base.seeds import numpy_generator
+from gnomon.evaluation import metrics
+from gnomon.evaluation.scaling import conformal_offset, fit_scale, quality
+from gnomon.metacognition.calibration import Running
+
+LEAST: Final = 40  # rows, and solved rows, of a fold below which there is nothing to promise
+MIN_LEVEL: Final = 0.95
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """What the heads said at boundaries, beside what came of the rollout.
+
+    problem: its number; used, remaining: think tokens before and after the boundary, without a cap; budget_raw
+    log1p(tokens) and conf_raw (logit): read there. solved: correct and closed by the model, so that `remaining` is a
+    need; correct: at the operating point. budget_before, conf_before: the same two read at the think tag. All [R].
+    """
+
+    problem: Ints
+    used: Ints
+    remaining: Ints
+    budget_raw: Floats
+    conf_raw: Floats
+    solved: Bools
+    correct: Bools
+    budget_before: Floats
+    conf_before: Floats
+
+    def where(self, held: Bools) -> Boundaries:
+        """The rows at which held [R] is true."""
+        return Boundaries(*(getattr(self, f.name)[held] for f in fields(self)))
+
+
+def fit_running(rows: Boundaries, level: float) -> tuple[Running | None, dict[str, Any] | None]:
+    """Offset and scale from all rows; the numbers reported come from two folds of problems, each read by the other's.
+
+    level: of the operating clip; the bound covers max(level, 0.95) of the needs, because a cap that falls at every
+    boundary takes the least of several bounds. (None, None) with too few rows.
+    """
+    rows = rows.where(np.isfinite(rows.budget_raw) & np.isfinite(rows.conf_raw))
+    level = max(level, MIN_LEVEL)
+    names = np.unique(rows.problem)
+    fold = np.zeros(len(names), dtype=np.int64)
+    fold[numpy_generator("running-folds").permutation(len(names))] = np.arange(len(names)) % 2
+    side = fold[np.searchsorted(names, rows.problem)]
+    halves = [rows.where(side == k) for k in (0, 1)]
+    if min(int(half.solved.sum()) for half in halves) < LEAST:
+        return None, None
+    upper, prob = np.zeros(len(side), dtype=np.int64), np.zeros(len(side))
+    for k in (0, 1):
+        other = _fit(halves[1 - k], level)
+        upper[side == k] = other.upper(halves[k].budget_raw)
+        prob[side == k] = other.confidence(halves[k].conf_raw)
+    return _fit(rows, level), _report(rows, upper, prob, level)
+
+
+def _fit(rows: Boundaries, level: float) -> Running:
+    temperature, shift = fit_scale(rows.conf_raw, rows.correct)
+    return Running(
+        offset=conformal_offset(rows.budget_raw[rows.solved], rows.remaining[rows.solved], level),
+        level=level,
+        temperature=temperature,
+        shift=shift,
+        n=int(rows.solved.sum()),
+    )
+
+
+def _report(rows: Boundaries, upper: Ints, prob: Floats, level: float) -> dict[str, Any]:
+    """Numbers of the two folds, each beside what was known before thinking.
+
+    error: mean |log1p| of the remaining tokens on solved rows; error_before: of the first prediction minus used.
+    """
+    held = rows.solved
+    need = np.log1p(rows.remaining[held])
+    first = np.log1p(np.maximum(np.expm1(np.minimum(rows.budget_before[held], 16.0)) - rows.used[held], 0.0))
+    reached = quality(prob, rows.correct)
+    return {
+        "n": len(prob),
+        "n_solved": int(held.sum()),
+        "level": level,
+        "coverage": metrics.coverage(upper[held], rows.remaining[held]),
+        "upper_mean": float(upper[held].mean()),
+        "remaining_mean": float(rows.remaining[held].mean()),
+        "error": float(np.abs(rows.budget_raw[held] - need).mean()),
+        "error_before": float(np.abs(first - need).mean()),
+        **reached.model_dump(include={"ece", "brier", "auroc"}),
+        "auroc_before": quality(rows.conf_before, rows.correct).auroc,
+    }
