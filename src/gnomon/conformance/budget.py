@@ -32,6 +32,7 @@ RULES: Final[dict[str, str]] = {
 ANSWERED: Final = 0.995
 CLOSE: Final = 1e-4  # choices closer than this may fall either way in another batch (decisions.md §7)
 IMPOSSIBLE: Final = 10**9
+ANSWER_TOKENS: Final = 64  # no built-in answer is longer, and a base that rambles should not fill its context
 _POOL, _WAVE, _SHOWN = 650, 256, 8
 
 
@@ -49,6 +50,7 @@ class Ask:
     top_k: int = 0
     seed: int = 0
     n: int = 1
+    max_answer_tokens: int | None = ANSWER_TOKENS
     join: int = 0
     cancel_after: int | None = None
 
