@@ -8,8 +8,7 @@ from tests.model.nets import alone, decoder, draw, gap, log_gap, used_cache
 
 from gnomon.base.errors import ModelError
 from gnomon.model.backbone import OwnBackbone
-from gnomon.model.native import bind
-from gnomon.model.native import NativeBackbone, own_backbone
+from gnomon.model.native import NativeBackbone, bind, own_backbone
 
 needs_library = pytest.mark.skipif(bind.library() is None, reason="no C compiler here, or GNOMON_NATIVE=0")
 NETS = [(1, "exact"), (2, "exact"), (4, "exact"), (2, "sinkhorn"), (4, "sinkhorn")]

@@ -166,8 +166,10 @@ class LlamaBackbone:
         bias = None if parts[0].bias is None else torch.cat([p.bias for p in parts])
         if self.weights == "int8":
             return Int8Product(torch.cat([p.weight for p in parts]), bias)
-        weight = parts[0].weight if len(parts) == 1 else _fused(parts)
-        return lambda x: F.linear(x, weight, bias)
+        weight = _fused(parts)
+        if bias is None:
+            return lambda x: torch.mm(x, weight)
+        return lambda x: torch.addmm(bias, x, weight)
 
 
 def check_weights(weights: str) -> None:
@@ -177,10 +179,13 @@ def check_weights(weights: str) -> None:
 
 
 def _fused(parts: Sequence[nn.Linear]) -> Tensor:
-    """[sum of outputs, inputs]; the parts' own weights become views of it, so that nothing is kept twice."""
-    weight = torch.cat([p.weight for p in parts])
-    for part, piece in zip(parts, weight.split([p.out_features for p in parts]), strict=True):
-        part.weight.data = piece
+    """[inputs, sum of outputs]; the parts' own weights become views of it, so that nothing is kept twice.
+
+    With the outputs side by side in memory a product of one row takes about two thirds of the time.
+    """
+    weight = torch.cat([p.weight.t() for p in parts], 1)
+    for part, piece in zip(parts, weight.split([p.out_features for p in parts], 1), strict=True):
+        part.weight.data = piece.t()
     return weight
 
 
