@@ -23,7 +23,7 @@ def test_equals_hugging_face(family: str) -> None:
     model = hf_model(family)
     plain, rows = HFBackbone(model), [draw(n, family) for n in (30, 12, 7, 1, 18)]
     outs = []
-    for net in (plain, LlamaBackbone(model), plain):  # once more: fused weights are the module's own
+    for net in (plain, LlamaBackbone(model), plain):
         cache = used_cache(net, 6)
         first = net.extend(cache, rows, 1, logits="all", taps=True)
         second = net.extend(cache, [(3,)] * 5, 1, taps=True)
@@ -34,14 +34,22 @@ def test_equals_hugging_face(family: str) -> None:
     assert log_gap(outs[0][0], outs[1][0]) <= 1e-4
 
 
-def test_weights_are_shared_with_the_module() -> None:
+def test_the_module_is_left_as_it_was() -> None:
     model = hf_model("llama")
     before, names = fingerprint(HFBackbone(model)), [name for name, _ in model.named_parameters()]
-    net = LlamaBackbone(model)
-    assert fingerprint(net) == before and [name for name, _ in net.module.named_parameters()] == names
-    a = model.model.layers[1].self_attn
-    assert a.q_proj.weight.untyped_storage().data_ptr() == a.v_proj.weight.untyped_storage().data_ptr()
-    assert fingerprint(LlamaBackbone(model, "int8")) == before
+    for weights in ("float", "int8"):
+        net = LlamaBackbone(model, weights)
+        assert net.module is model and [name for name, _ in model.named_parameters()] == names
+        assert fingerprint(net) == before and all(p.is_contiguous() for p in model.parameters())
+
+
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = hf_model("llama"), draw(9, "onednn")
+    wanted = alone(LlamaBackbone(model), ids).logits
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert gap(alone(LlamaBackbone(model), ids).logits, wanted) <= 1e-4
+    with pytest.raises(ModelError, match="oneDNN"):
+        LlamaBackbone(model, "int8")
 
 
 @pytest.mark.parametrize(
