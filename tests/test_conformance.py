@@ -118,7 +118,7 @@ class Words:
 LEANS = {"atomic": {2: 1.2, 4: 1.5, 5: 0.4}, "text": {12: 1.5, 13: 1.5, 2: 1.0, 4: 1.2, 18: 0.5, 0: 0.3}}
 
 
-@pytest.mark.parametrize(("name", "layout"), [("atomic", ATOMIC), ("text", replace(TEXT, answer=()))])
+@pytest.mark.parametrize(("name", "layout"), [("atomic", ATOMIC), ("text", TEXT)])
 def test_random_models_with_tags_of_one_and_of_several_tokens_keep_theirs(name: str, layout: Layout) -> None:
     engine = Engine(Tiny("conformance", context=240, lean=LEANS[name]), layout, max_batch=16)
     report = check_budget(EngineClient(engine, Words(layout)), 300, answered=0.0)

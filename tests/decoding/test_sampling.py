@@ -82,10 +82,14 @@ def test_greedy_rows_take_the_best_token_also_beside_sampled_ones() -> None:
 def test_masked_tokens_are_never_drawn_and_carry_no_mass() -> None:
     n = 500
     x = logits(1).expand(n, V).clone()
-    mask = torch.zeros(n, V, dtype=torch.bool)
-    mask[:, :45] = True
+    masks = torch.zeros(2, V)
+    masks[1, :45] = -torch.inf
+    phase = np.array([0] + [1] * (n - 1), dtype=np.int32)
     for row in SETTINGS:
-        ids, logp = sampling.sample(x, settings([row] * n), steps(n, 1), mask)
+        ids, logp = sampling.sample(x, settings([row] * n), steps(n, 1), masks, phase)
+        free, _ = sampling.sample(x[:1], settings([row]), steps(1, 1))
+        assert int(ids[0]) == int(free[0]), "every row has the mask of its own phase"
+        ids, logp = ids[1:], logp[1:]
         assert int(ids.min()) >= 45
         if row == (1.0, 0, 1.0):
             assert torch.allclose(logp, x[0, 45:].log_softmax(-1)[ids - 45], atol=1e-5)

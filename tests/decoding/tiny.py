@@ -147,7 +147,11 @@ def oracle(backbone: Tiny, layout: Layout, request: Request, limit: int, max_ans
     rest: tuple[int, ...] = layout.transition + layout.end_think if cap == 0 else ()
     stop = cause if cap == 0 else ""
     while not stop:
-        token, lp = _draw(_full(backbone, prompt + out), set(layout.masked(True)), request, sample, step)
+        banned = set(layout.masked(True))
+        banned |= {
+            t for t in range(V) if _ends([*think, t], [x for x in (layout.answer, layout.end_answer) if len(x) > 1])
+        }
+        token, lp = _draw(_full(backbone, prompt + out), banned, request, sample, step)
         begun, completion = _begun(think, tags)
         after = [*think, token]
         tag = _ends(after, tags)
@@ -172,6 +176,8 @@ def oracle(backbone: Tiny, layout: Layout, request: Request, limit: int, max_ans
         banned = set(layout.masked(False))
         for t in range(V):  # nothing may complete an end tag or open a block again
             if _ends([*layout.answer, *answer, t], (*tags, layout.think)):
+                banned.add(t)
+            if len(layout.answer) > 1 and _ends([*answer, t], (layout.answer,)):
                 banned.add(t)
         token, lp = _draw(logits, banned, request, sample, step)
         step += 1

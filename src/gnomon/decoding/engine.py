@@ -80,7 +80,7 @@ class Engine:
         self.max_batch, self.decode, self.max_think = max_batch, decode, max_think
         self.rules = rules
         self.running = running and metacog is not None and metacog.reads_boundaries
-        tags = (layout.think, layout.end_think, *layout.end_think_also)
+        tags = (layout.think, layout.end_think, layout.answer, layout.end_answer, *layout.end_think_also)
         self.long_tags = any(len(tag) > 1 for tag in tags)
         self.masks = torch.zeros((2, backbone.vocab_size), device=backbone.device)  # added to logits: think, answer
         for row, inside in enumerate((True, False)):

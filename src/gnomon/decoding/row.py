@@ -56,6 +56,8 @@ class Row:
         "_answer_rule",
         "_answer_state",
         "_eos",
+        "_stray_rules",
+        "_stray_state",
         "after",
         "answer_end",
         "answer_start",
@@ -123,6 +125,10 @@ class Row:
         self.sink: Sink | None = None
         self._answer_rule = matcher(layout.end_answer)
         self._answer_state = 0
+        # Tags of several tokens that must not be completed in a thought, or in the answer; single ids are masked.
+        stray = ([t for t in tags if len(t) > 1] for tags in ((layout.answer, layout.end_answer), (layout.answer,)))
+        self._stray_rules = [matcher(*tags) if tags else None for tags in stray]
+        self._stray_state = 0
         self._eos = frozenset(layout.eos)
 
     @property
@@ -243,10 +249,28 @@ class Row:
             self.think_end = self.answer_start = self.answer_end = len(self.ids)
         self.finish = "user"
 
+    def at_boundary(self, best: int) -> bool:
+        """Whether the block could end here without cutting a node: `best` is the model's first choice.
+
+        A KIND token begins a node, so the place in front of it is the boundary; a newline ends one, so behind it.
+        """
+        if self.layout.atomic_nodes:
+            return best in self.layout.boundary or best == self.state.tag_next
+        return self.tapped == "boundary"
+
+    def stray(self) -> tuple[int, ...]:
+        """Ids that would complete a tag of several tokens that has no place here."""
+        rule = self._stray_rules[self.in_answer]
+        ids: tuple[int, ...] = rule.enders[self._stray_state] if rule is not None else ()  # type: ignore[assignment]
+        return ids + self.state.banned(reopen=False) if self.in_answer else ids
+
     def _append(self, token: int, logprob: float, role: Role, region: Region) -> None:
         self.ids.append(token)
         self.roles.append(role)
         self.logprobs.append(logprob)
+        rule = self._stray_rules[region == "answer"]
+        if rule is not None:
+            self._stray_state = rule.step(self._stray_state, token) if region in ("think", "answer") else 0
         if self.sink is not None:
             self.sink(Chunk(self.request.id, self.sample, token, role, region))
 

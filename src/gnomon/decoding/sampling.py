@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gnomon.base import seeds
+from gnomon.base import native, seeds
+from gnomon.base.native import Pointer, pointer
+
+SOURCE: Final = Path(__file__).with_name("sample.c")
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -44,6 +49,7 @@ class Params:
     top_p: Tensor  # [B] float32
     greedy: Tensor  # [B] bool
     keys: np.ndarray  # [B] uint64
+    heat: np.ndarray  # [B] float32 temperature, 0 for greedy rows
     all_greedy: bool
     truncates: bool
 
@@ -71,7 +77,8 @@ def params(
 
 def _params(t: Tensor, k: Tensor, p: Tensor, greedy: Tensor, keys: np.ndarray) -> Params:
     cut = ((k < 2**62) | (p < 1)) & ~greedy
-    return Params(t, k, p, greedy, keys, bool(greedy.all()), bool(cut.any()))
+    heat = torch.where(greedy, 0.0, t).cpu().numpy()
+    return Params(t, k, p, greedy, keys, heat, bool(greedy.all()), bool(cut.any()))
 
 
 def log_distribution(logits: Tensor, settings: Params) -> Tensor:
@@ -106,10 +113,18 @@ def _descending(x: Tensor) -> Tensor:
     return x.sort(dim=-1, descending=True).values
 
 
-def sample(logits: Tensor, settings: Params, steps: np.ndarray, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """logits [B, V] float32, steps uint64 [B], mask bool [B, V] (True = never) -> ids int64 [B], log-probs [B]."""
-    if mask is not None:
-        logits = logits.masked_fill(mask, -torch.inf)
+def sample(
+    logits: Tensor, settings: Params, steps: np.ndarray, masks: Tensor | None = None, phase: np.ndarray | None = None
+) -> tuple[Tensor, Tensor]:
+    """logits [B, V] float32, steps uint64 [B] -> ids int64 [B], log-probs [B].
+
+    masks float32 [M, V] (0 or -inf), phase int32 [B]: which of them is added to each row.
+    """
+    lib = native.library(SOURCE) if logits.device.type == "cpu" and not settings.truncates else None
+    if lib is not None:
+        return _native(lib, logits, settings, steps, masks, phase)
+    if masks is not None:
+        logits = logits + masks.index_select(0, torch.as_tensor(phase, dtype=torch.int64).to(logits.device))
     if settings.all_greedy:
         ids = logits.argmax(-1)
         return ids, logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
@@ -121,3 +136,20 @@ def sample(logits: Tensor, settings: Params, steps: np.ndarray, mask: Tensor | N
     drawn = torch.searchsorted(cdf, target, right=True)[:, 0]
     ids = torch.where(settings.greedy, logits.argmax(-1), drawn)
     return ids, logp.gather(1, ids[:, None])[:, 0]
+
+
+def _native(
+    lib: Any, logits: Tensor, settings: Params, steps: np.ndarray, masks: Tensor | None, phase: np.ndarray | None
+) -> tuple[Tensor, Tensor]:
+    rows, vocab = logits.shape
+    held = logits.contiguous()
+    ids, logprobs = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.float32)
+    u = uniforms(settings.keys, steps)
+    where = np.zeros(rows, dtype=np.int32) if phase is None else np.ascontiguousarray(phase, dtype=np.int32)
+    done = lib.gn_sample(
+        Pointer(held.data_ptr()), rows, vocab, None if masks is None else Pointer(masks.data_ptr()), pointer(where),
+        pointer(settings.heat), pointer(u), pointer(ids), pointer(logprobs),
+    )  # fmt: skip
+    if not done:
+        raise MemoryError(f"no memory to sample from {vocab} tokens")
+    return torch.from_numpy(ids), torch.from_numpy(logprobs)

@@ -54,7 +54,6 @@ class Session:
         self._prefix: tuple[int, ...] = ()  # the common beginning held in the spare slot
         self._spare = -1
         self._settings: sampling.Params | None = None
-        self._bans: Tensor | None = None  # [R] which mask holds for a row: 0 thinking, 1 answering
         self._ordered = 0
         self._cancelled: set[str] = set()
 
@@ -92,15 +91,19 @@ class Session:
         if not self.rows:
             return False
         assert self.logits is not None
-        self._ban(self.logits)
+        if self.engine.long_tags:
+            self._ban_completions(self.logits)
         leaning = self._soften(self.logits) if self.engine.rules is not None else []
         steps = np.fromiter((r.drawn for r in self.rows), dtype=np.uint64, count=len(self.rows))
-        found = sampling.sample(self.logits, self._sampling(), steps)
+        phase = np.fromiter((r.in_answer for r in self.rows), dtype=np.int32, count=len(self.rows))
+        found = sampling.sample(self.logits, self._sampling(), steps, self.engine.masks, phase)
         ids, logprobs = found[0].tolist(), found[1].tolist()
-        for i, look, margin in leaning:
+        for i, look, margin, plain in leaning:
             state = self.rows[i].state
             if slack.leaned(look, margin, ids[i], state.tag_next):
                 state.lean()
+            # What the model gives this token, not the rule: a trainer has to find the same number.
+            logprobs[i] = float(sampling.log_distribution(plain, self._sampling().take([i]))[0, ids[i]])
         tokens = self._take(ids, logprobs)
         self._leave(tokens)
         if self.rows:
@@ -128,7 +131,7 @@ class Session:
         logits = self._open([*leaders, *others], start)
         self.rows += [*leaders, *others]
         self.logits = logits if not start else torch.cat([self.logits, logits])  # type: ignore[list-item]
-        self._settings = self._bans = None
+        self._settings = None
 
     def _next(self, free: int) -> Iterator[Row]:
         """Up to `free` waiting rows; cancelled ones are finished here."""
@@ -234,41 +237,35 @@ class Session:
             )
         return self._settings
 
-    def _ban(self, logits: Tensor) -> None:
-        """Set ids that may not be sampled to -inf, in place."""
-        if self._bans is None:
-            self._bans = torch.tensor([int(row.in_answer) for row in self.rows], device=logits.device)
-        logits += self.engine.masks.index_select(0, self._bans)
-        if self.engine.long_tags:
-            answering = [(i, row) for i, row in enumerate(self.rows) if row.in_answer]
-            pairs = [(i, token) for i, row in answering for token in row.state.banned(reopen=False)]
-            if pairs:
-                at, token = torch.tensor(pairs, device=logits.device).T
-                logits.index_put_((at, token), logits.new_tensor(-torch.inf))
+    def _ban_completions(self, logits: Tensor) -> None:
+        """No row may complete a tag of several tokens that has no place where it stands: -inf, in place."""
+        pairs = [(i, token) for i, row in enumerate(self.rows) for token in row.stray()]
+        if pairs:
+            at, token = torch.tensor(pairs, device=logits.device).T
+            logits.index_put_((at, token), logits.new_tensor(-torch.inf))
 
-    def _soften(self, logits: Tensor) -> list[tuple[int, slack.Look, float]]:
+    def _soften(self, logits: Tensor) -> list[tuple[int, slack.Look, float, Tensor]]:
         """Ask the soft rules of rows that think; adds their biases to the end tag's logits, in place.
 
-        Returns (row, what its rules say, margin before the bias) of the rows that were pushed.
+        Returns (row, what its rules say, margin and masked logits [1, V] before the bias) of the rows that were pushed.
         """
         asked = [(i, r) for i, r in enumerate(self.rows) if r.rules and not r.in_answer and r.state.needs_choice]
         if not asked:
             return []
-        margins = [slack.NAN] * len(asked)
-        if any(rule.wants_margin for _, row in asked for rule in row.rules):
-            at = torch.tensor([i for i, _ in asked], device=logits.device)
-            tags = torch.tensor([row.state.tag_next for _, row in asked], device=logits.device)
-            margins = (logits[at].max(-1).values - logits[at, tags]).tolist()
+        at = torch.tensor([i for i, _ in asked], device=logits.device)
+        tags = torch.tensor([row.state.tag_next for _, row in asked], device=logits.device)
+        top = (logits[at] + self.engine.masks[0]).max(-1)
+        margins = (top.values - logits[at, tags]).tolist()
         pushed = []
-        for (i, row), margin in zip(asked, margins, strict=True):
+        for (i, row), margin, best in zip(asked, margins, top.indices.tolist(), strict=True):
             state = row.state
             last = row.ids[-1] if len(row.ids) > row.think_start else -1
-            look = slack.consult(row.rules, slack.SoftView.of(state, row.tapped == "boundary", margin, last))
+            look = slack.consult(row.rules, slack.SoftView.of(state, row.at_boundary(best), margin, last))
             if look.cause is not None:
                 state.lower_cap(state.used, look.cause)
             if look.bias:
+                pushed.append((i, look, margin, logits[i : i + 1] + self.engine.masks[0]))
                 logits[i, state.tag_next] += look.bias
-                pushed.append((i, look, margin))
         return pushed
 
     def _take(self, choices: list[int], logprobs: list[float]) -> list[int]:
@@ -279,10 +276,7 @@ class Session:
                 row.cancel()
                 tokens.append(-1)
                 continue
-            answering = row.in_answer
             token = row.take(choice, logprob)
-            if row.in_answer != answering:
-                self._bans = None
             tokens.append(token if row.finish is None else -1)
         return tokens
 
@@ -304,7 +298,7 @@ class Session:
                 self.cache.cut(slot)
             self.rows.pop()
             tokens.pop()
-        self._settings = self._bans = None
+        self._settings = None
 
     def _finish(self, row: Row) -> None:
         if self.on_done is not None:

@@ -10,13 +10,10 @@
    Keys are kept in blocks of KB positions, [block][D][KB], values as [S][D]. */
 
 #include "matrix.h"
+#include "pool.h"
 
-#define KB 16
 #define EPS 1e-6f
-#define GROUP 128 /* tokens that pass through all layers together: their activations stay in the caches */
-
-typedef float vkb __attribute__((vector_size(KB * 4), aligned(4), may_alias));
-typedef int32_t ikb __attribute__((vector_size(KB * 4)));
+#define GROUP 128 /* tokens of several rows that pass through all layers together, so that activations stay in caches */
 
 typedef struct {
   int32_t vocab, channels, layers, heads, ffn, context, before, streams, sinkhorn; /* sinkhorn: iterations, 0 = exact */
@@ -44,22 +41,6 @@ typedef struct { /* keys [L, slots, H, S/KB, D, KB], values [L, slots, H, S, D],
 } Cache;
 
 int64_t gn_model_size(const Shape *s) { return sizeof(Model) + sizeof(Layer) * (int64_t)s->layers; }
-
-/* e^x for a block: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error below 2e-7 */
-static inline vkb exp_block(vkb x) {
-  const vkb lo = (vkb){0} - 87.0f; /* scores are at most 0 here: the maximum was taken off */
-  const ikb low = x < lo;
-  x = (vkb)((low & (ikb)lo) | (~low & (ikb)x));
-  const ikb whole = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ikb); /* nearest: x <= 0, and it truncates */
-  const vkb n = __builtin_convertvector(whole, vkb);
-  const vkb r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  vkb p = r * 1.3981999507e-3f + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * (vkb)((whole + 127) << 23);
-}
 
 static float dot_self(const float *x, int n) {
   float sum = 0;
@@ -257,9 +238,7 @@ static void attend(const float *q, const Head *head, const Head *next, int D, fl
   float top = high[0], sum = 0;
   for (int i = 1; i < KB; i++) top = high[i] > top ? high[i] : top;
   for (int b = 0; b < blocks; b++) {
-    vkb e = exp_block(*(vkb *)(scores + b * KB) - top);
-    if (b == blocks - 1)
-      for (int i = length - b * KB; i < KB; i++) e[i] = 0;
+    const vkb e = exp_block(*(vkb *)(scores + b * KB) - top);
     total += e;
     *(vkb *)(scores + b * KB) = e;
   }
@@ -423,27 +402,30 @@ static void group(const Model *model, Cache *cache, Scratch *w, int rows, const 
   for (int r = 0; r < rows; r++) cache->lengths[slots[r]] += counts[r];
 }
 
-static int part(const Model *model, Cache *cache, int rows, const int32_t *slots, const int32_t *counts,
-                const int32_t *ids, int every, float *logits, float *taps) {
-  int r = 0;
-  int64_t most = 0, held = 0;
-  for (int i = 0; i < rows; i++) { /* the largest group that the loop below makes */
-    held = held && held + counts[i] > GROUP ? counts[i] : held + counts[i];
-    most = held > most ? held : most;
-  }
+typedef struct { /* one call of gn_step, cut into chunks of neighbouring rows */
+  const Model *model;
+  Cache *cache;
+  const int32_t *slots, *counts, *ids;
+  const int32_t *first, *token; /* [chunks + 1]: first row and first token of every chunk */
+  int every;
+  float *logits, *taps;
+  atomic_int failed;
+} Job;
+
+static void chunk(void *all, int c) {
+  Job *job = all;
+  const Shape *s = &job->model->s;
+  const int row = job->first[c], rows = job->first[c + 1] - row;
+  const int64_t token = job->token[c], M = job->token[c + 1] - token;
   Scratch w;
-  if (!scratch_new(&w, &model->s, (int)most, cache->capacity)) return 0;
-  while (r < rows) {
-    int end = r, M = 0;
-    while (end < rows && (end == r || M + counts[end] <= GROUP)) M += counts[end++];
-    group(model, cache, &w, end - r, slots + r, counts + r, ids, M, every, logits, taps);
-    if (logits) logits += (int64_t)(every ? M : end - r) * model->s.vocab;
-    if (taps) taps += (int64_t)(end - r) * model->s.layers * model->s.channels;
-    ids += M;
-    r = end;
+  if (!scratch_new(&w, s, (int)M, job->cache->capacity)) {
+    atomic_store(&job->failed, 1);
+    return;
   }
+  group(job->model, job->cache, &w, rows, job->slots + row, job->counts + row, job->ids + token, (int)M, job->every,
+        job->logits ? job->logits + (job->every ? token : row) * s->vocab : NULL,
+        job->taps ? job->taps + (int64_t)row * s->layers * s->channels : NULL);
   free(w.x);
-  return 1;
 }
 
 /* R rows: slots [R] (all different), counts [R] >= 1 new tokens each, ids flat; see `group` for the rest.
@@ -452,28 +434,24 @@ int gn_step(const Model *model, Cache *cache, int rows, const int32_t *slots, co
             int every, float *logits, float *taps, int threads) {
   int64_t total = 0;
   for (int r = 0; r < rows; r++) total += counts[r];
-  if (threads > rows) threads = rows;
-  if (threads <= 1) return part(model, cache, rows, slots, counts, ids, every, logits, taps);
-  int good = 1;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) reduction(& : good)
-#endif
-  {
-#ifdef _OPENMP
-    const int me = omp_get_thread_num(), all = omp_get_num_threads();
-#else
-    const int me = 0, all = 1;
-#endif
-    int first = 0;
-    int64_t before = 0; /* rows are dealt in order, about as many tokens to each thread */
-    while (first < rows && before * all < total * me) before += counts[first++];
-    int end = first;
-    int64_t upto = before;
-    while (end < rows && upto * all < total * (me + 1)) upto += counts[end++];
-    if (end > first)
-      good &= part(model, cache, end - first, slots + first, counts + first, ids + before, every,
-                   logits ? logits + (every ? before : first) * model->s.vocab : NULL,
-                   taps ? taps + (int64_t)first * model->s.layers * model->s.channels : NULL);
+  /* One chunk a thread, because every chunk reads all weights once more; but no more than GROUP tokens in one. */
+  int64_t share = (total + threads - 1) / threads;
+  share = share > GROUP ? GROUP : share;
+  int32_t *cut = malloc(sizeof(int32_t) * 2 * ((size_t)rows + 1));
+  if (!cut) return 0;
+  int chunks = 0;
+  int64_t token = 0, held = 0;
+  for (int r = 0; r < rows; r++) {
+    if (r == 0 || held + counts[r] > share) {
+      cut[chunks] = r, cut[rows + 1 + chunks++] = (int32_t)token;
+      held = 0;
+    }
+    held += counts[r];
+    token += counts[r];
   }
-  return good;
+  cut[chunks] = rows, cut[rows + 1 + chunks] = (int32_t)token;
+  Job job = {model, cache, slots, counts, ids, cut, cut + rows + 1, every, logits, taps, 0};
+  pool_run(chunk, &job, chunks, threads);
+  free(cut);
+  return !atomic_load(&job.failed);
 }

@@ -32,6 +32,7 @@ class Layout:
     boundary: ids that begin a node (KIND tokens) or the newline between nodes (text mode).
     end_think_also: other spellings that close the block. transition: forced before the end tag at a cut.
     empty_plans: strategies whose block the engine closes at once. banned: ids that are never sampled.
+    atomic_nodes: `boundary` ids begin a node; otherwise they end one.
     """
 
     think: tuple[int, ...]
@@ -46,6 +47,7 @@ class Layout:
     transition: tuple[int, ...] = ()
     empty_plans: frozenset[str] = frozenset()
     banned: frozenset[int] = field(default=frozenset())
+    atomic_nodes: bool = False
 
     def __post_init__(self) -> None:
         for name in ("think", "end_think", "end_answer"):
@@ -72,6 +74,7 @@ class Layout:
             pad=tok.pad,
             boundary=frozenset(tok.kinds.values()),
             banned=frozenset((tok.bos, tok.pad)),
+            atomic_nodes=True,
         )
 
     def plan_ids(self, plan: str) -> tuple[int, ...]:

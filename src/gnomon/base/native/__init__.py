@@ -24,9 +24,9 @@ HEADERS: Final = Path(__file__).parent
 # No -ffast-math: infinities mark masked scores. Sums may be reordered inside one row, never across rows.
 _FLAGS: Final = (
     "-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
-    "-fassociative-math", f"-I{HEADERS}",
+    "-fassociative-math", "-pthread", f"-I{HEADERS}",
 )  # fmt: skip
-_EXTRA: Final = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+_EXTRA: Final = (("-march=native",), ())
 Pointer = ctypes.c_void_p
 
 

@@ -1,4 +1,4 @@
-/* What the compiled kernels share: vectors, packed matrices and their product.
+/* What the compiled kernels share: vectors, exponentials, packed matrices and their product.
 
    Matrices [out, in] are packed as panels of NR outputs, panel[k][NR], so that the inner loop is broadcast times
    vector. Every output has one accumulator and k ascends, whatever else is computed: a row's result does not depend on
@@ -8,9 +8,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #ifdef __AVX512F__
 #define VL 16
@@ -21,7 +18,11 @@
 #endif
 #define NR (2 * VL)
 
+#define KB 16 /* numbers in a block of exponentials */
+
 typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef float vkb __attribute__((vector_size(KB * 4), aligned(4), may_alias));
+typedef int32_t ikb __attribute__((vector_size(KB * 4)));
 
 static int panels(int outputs) { return (outputs + NR - 1) / NR; }
 
@@ -83,4 +84,21 @@ static void matmul(const float *x, int64_t ldx, int M, const float *packed, int 
     for (; m + 2 <= M; m += 2) kernel_2(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
     for (; m < M; m++) kernel_1(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
   }
+}
+
+/* e^x for a block, x <= 0: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error below 2e-7, and 0
+   below -87 (also for minus infinity) */
+static inline vkb exp_block(vkb x) {
+  const vkb lo = (vkb){0} - 87.0f;
+  const ikb low = x < lo;
+  x = (vkb)((low & (ikb)lo) | (~low & (ikb)x));
+  const ikb whole = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ikb); /* nearest: x <= 0, and it truncates */
+  const vkb n = __builtin_convertvector(whole, vkb);
+  const vkb r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vkb p = r * 1.3981999507e-3f + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return (vkb)(~low & (ikb)(p * (vkb)((whole + 127) << 23)));
 }
