@@ -15,7 +15,7 @@ def filled() -> tuple[DecoderCache, list[torch.Tensor]]:
     parts = [torch.randn(2, 2, 3, 2, t, 4, generator=generator) for t in (5, 1)]  # layer, k or v, B, H, T, D
     for part in parts:
         for layer in range(2):
-            cache.layer(layer).append(part[layer, 0], part[layer, 1])
+            cache.append(layer, part[layer, 0], part[layer, 1])
         cache.advance(part.shape[4])
     return cache, parts
 
@@ -26,7 +26,7 @@ def test_append_returns_everything_so_far() -> None:
     whole = torch.cat(parts, dim=4)
     more = torch.randn(2, 3, 2, 2, 4, generator=seeds.torch_generator("more"))
     for layer in range(2):
-        k, v = cache.layer(layer).append(more[0], more[1])
+        k, v = cache.append(layer, more[0], more[1])
         assert torch.equal(k, torch.cat([whole[layer, 0], more[0]], 2))
         assert torch.equal(v, torch.cat([whole[layer, 1], more[1]], 2))
     assert cache.length == 6  # advances once per forward pass, not per layer
@@ -41,13 +41,13 @@ def test_select() -> None:
         assert cache.store[layer].shape[1] == 4
         assert torch.equal(cache.store[layer][0, 2, :, :6], whole[layer, 0, 2])
         assert torch.equal(cache.store[layer][1, 3, :, :6], whole[layer, 1, 1])
-    cache.layer(0).append(torch.ones(4, 2, 1, 4), torch.ones(4, 2, 1, 4))  # goes on with the new rows
+    cache.append(0, torch.ones(4, 2, 1, 4), torch.ones(4, 2, 1, 4))  # goes on with the new rows
 
 
 def test_full() -> None:
     cache, _ = filled()
     with pytest.raises(RuntimeError):
-        cache.layer(0).append(torch.ones(3, 2, 3, 4), torch.ones(3, 2, 3, 4))
+        cache.append(0, torch.ones(3, 2, 3, 4), torch.ones(3, 2, 3, 4))
 
 
 def test_dtype_and_device_follow_the_model() -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from tests.model.nets import alone, decoder, draw, gap, log_gap, used_cache
 
+from gnomon.base import native
 from gnomon.base.errors import ModelError
 from gnomon.model.backbone import OwnBackbone
-from gnomon.model.native import NativeBackbone, bind, own_backbone
+from gnomon.model.native import NativeBackbone, library, own_backbone
 
-needs_library = pytest.mark.skipif(bind.library() is None, reason="no C compiler here, or GNOMON_NATIVE=0")
+needs_library = pytest.mark.skipif(library() is None, reason="no C compiler here, or GNOMON_NATIVE=0")
 NETS = [(1, "exact"), (2, "exact"), (4, "exact"), (2, "sinkhorn"), (4, "sinkhorn")]
 
 
@@ -84,11 +85,11 @@ def test_bad_calls_are_refused_before_anything_is_written() -> None:
 
 
 def test_without_a_library_the_torch_path_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(bind.SWITCH, "0")
-    bind.library.cache_clear()
+    monkeypatch.setenv(native.SWITCH, "0")
+    native.library.cache_clear()
     try:
         assert type(own_backbone(decoder(1))) is OwnBackbone
         with pytest.raises(ModelError, match="use OwnBackbone"):
             NativeBackbone(decoder(1))
     finally:
-        bind.library.cache_clear()
+        native.library.cache_clear()

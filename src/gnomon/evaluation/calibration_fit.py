@@ -237,7 +237,6 @@ def fit_card(
     (t_before, b_before), (t_after, b_after) = (fit_scale(x, point.correct) for x in (before, point.conf_after))
     chosen = {data.plans[k]: int((plan == k).sum()) for k in range(len(data.plans))}
     fitted = [p for p, n in chosen.items() if n >= min_plan_rows] or [p for p, n in chosen.items() if n]
-    states = data.state.reshape(-1, data.state.shape[-1])
     running, measured = _running(data, plan, point)
     card = Card(
         weights=weights,
@@ -247,7 +246,7 @@ def fit_card(
         temperature=Temperatures(before=t_before, after=t_after),
         shift=Shifts(before=b_before, after=b_after),
         budget_clip=BudgetClip(tested_offset=tested, level=point.level, operating_offset=point.offset, n=len(fit_used)),
-        domain=fit_domain(states, _groups(data), data.layer),
+        domain=fit_domain(data.state.reshape(-1, data.state.shape[-1]), _groups(data), data.layer),
         fitted_plans=tuple(fitted),
         best_plan=dict(best_plan or {}),
         running=running,

@@ -71,11 +71,10 @@ def evaluate_votes(
         "reflected": sum(v.rounds > 1 for v in found) / n,
         "think_tokens_mean": statistics.fmean(v.think_tokens for v in found),
         "answer_tokens_mean": statistics.fmean(v.answer_tokens for v in found),
-        "by_task": {
-            name: {
-                "accuracy": statistics.fmean(r for r, p in zip(right, items, strict=True) if p.task == name),
-                "n": sum(p.task == name for p in items),
-            }
-            for name in dict.fromkeys(p.task for p in items)
-        },
+        "by_task": {name: _share(right, items, name) for name in dict.fromkeys(p.task for p in items)},
     }
+
+
+def _share(right: Sequence[bool], items: Sequence[Problem], task: str) -> dict[str, float]:
+    mine = [r for r, p in zip(right, items, strict=True) if p.task == task]
+    return {"accuracy": statistics.fmean(mine), "n": len(mine)}

@@ -55,11 +55,8 @@ def ask(
 
     reasoner = Reasoner.load(model, device=device)
     if no_decode:
-        facts = reasoner.decide(question)
-        if json:
-            console.emit_json(facts)
-        else:
-            print_decision(facts)
+        decision = reasoner.decide(question)
+        (console.emit_json if json else print_decision)(decision)
         return
     if votes != 1:
         _vote(reasoner, question, votes, plan, limit, temperature or 0.8, seed, max_answer_tokens, json)
