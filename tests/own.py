@@ -43,7 +43,7 @@ class Layer:
 
     reads_boundaries = False
 
-    def running(self, taps: Tensor, plans: Sequence[str], used: Sequence[int]) -> list[Said]:
+    def running(self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: object = None) -> list[Said]:
         raise AssertionError("this layer must not be asked at boundaries")
 
 

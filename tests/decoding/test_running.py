@@ -39,7 +39,7 @@ class Running(Layer):
     def after(self, taps: Tensor, plans: Sequence[str], used: object, calibrated: object = None) -> list[Said]:
         return [Said()] * len(taps)
 
-    def running(self, taps: Tensor, plans: Sequence[str], used: Sequence[int]) -> list[Said]:
+    def running(self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: object = None) -> list[Said]:
         self.asked += used
         return [Said(confidence=self.confidence, remaining=self.upper - 1.0, upper=self.upper)] * len(taps)
 

@@ -50,7 +50,9 @@ class Metacog(Protocol):
     ) -> Sequence[AfterChoice]:
         """At the end tag, one per row."""
 
-    def running(self, taps: Tensor, plans: Sequence[str], used: Sequence[int]) -> Sequence[RunningChoice]:
+    def running(
+        self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: Sequence[bool] | None = None
+    ) -> Sequence[RunningChoice]:
         """At a boundary between nodes, one per row."""
 
 

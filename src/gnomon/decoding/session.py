@@ -346,8 +346,9 @@ class Session:
         metacog = self.engine.metacog
         if not rows or metacog is None:
             return
+        known = [row.before is not None and row.before.calibrated for _, row in rows]
         found = metacog.running(
-            taps[[n for n, _ in rows]], [row.plan for _, row in rows], [row.state.used for _, row in rows]
+            taps[[n for n, _ in rows]], [row.plan for _, row in rows], [row.state.used for _, row in rows], known
         )
         for (_, row), choice in zip(rows, found, strict=True):
             row.estimate(choice)

@@ -110,6 +110,15 @@ def summarise(
         if capped
         else 0.0,
         "stop": {c: sum(r.stop == c for r in records) for c in sorted({r.stop for r in records})},
+        "think_rate_by_level": metrics.mode_rates([r.used > 0 for r in records], [r.level for r in records]),
+        "blocks": metrics.block_states([r.used for r in records], [r.stop != "natural" for r in records]),
+        "sharpness": {
+            name: metrics.sharpness([p for p in values if p is not None])
+            for name, values in (
+                ("before", [r.conf_before for r in records]),
+                ("after", [r.conf_after for r in records]),
+            )
+        },
     }
     summary.update(_budget(records, draws))
     summary.update(_confidence(records, draws))

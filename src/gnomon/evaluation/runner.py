@@ -195,7 +195,7 @@ def sweep_problems(
     the answer is decoded.
     """
     names = tuple(strategies or reasoner.codec.strategies)
-    reasoner = replace(reasoner, decider=None)  # nothing is predicted here, so no states are read
+    reasoner = replace(reasoner, decider=None, rules=None)  # nothing is predicted here, so no states are read
     cells = [(s, i) for i in range(len(items)) for s in names]  # neighbours share a prompt, so they share its prefill
     with Progress(f"{title}: uncapped", len(cells), quiet=quiet) as bar:
         jobs = [Job(items[i], s, cap, use_prediction=False, seed="sweep") for s, i in cells]
