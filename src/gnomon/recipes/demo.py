@@ -30,7 +30,7 @@ class Demo:
 
 def demo_config(quick: bool = False, base: str = "nano") -> MetacogRunConfig:
     """The sizes of the demo; quick: a tenth of it, for tests and impatient people."""
-    label_n, calibration_n, val_n, test_n = (65, 52, 26, 65) if quick else (600, 400, 200, 600)
+    label_n, calibration_n, val_n, test_n = (65, 52, 26, 65) if quick else (2600, 1040, 390, 1040)
     return MetacogRunConfig(
         base=base, stream="demo", label_n=label_n, calibration_n=calibration_n, val_n=val_n, test_n=test_n
     )
