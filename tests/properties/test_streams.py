@@ -367,3 +367,29 @@ def test_splitter_and_controller_agree_on_random_streams() -> None:
         else:
             assert parts.truncated and parts.answer == () and list(parts.think) == ids[len(config.think) :]
     assert blocks > 800
+
+
+def values(state: BudgetState) -> dict[str, object]:
+    return {name: getattr(state, name) for name in BudgetState.__slots__}
+
+
+def test_the_plain_path_takes_what_the_step_would_have_taken() -> None:
+    taken = left = 0
+    for i in range(600):
+        r = seeds.rng("plain", i)
+        state = BudgetState(make_config(r))
+        state.prefill(list(state.config.think))
+        for _ in range(60):
+            token = r.choice((0, 1, 2, 3, 4, PLAIN, PLAIN, PLAIN, EOS if r.random() < 0.05 else PLAIN))
+            if not state.open:
+                break
+            if r.random() < 0.03:
+                state.lower_cap(state.used + r.randrange(4), "slack")
+            fast, before = state.clone(), values(state)
+            took = fast.plain(token)
+            action = state.step(token)
+            assert took or values(fast) == before
+            if took:
+                assert action == ("continue", token) and values(fast) == values(state)
+            taken, left = taken + took, left + (not took)
+    assert taken > 500 and left > 500

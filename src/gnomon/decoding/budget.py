@@ -58,7 +58,7 @@ class BudgetState:
     """
 
     __slots__ = (
-        "_after_cause", "_at", "_end", "_end_rule", "_from", "_lead", "_lean", "_lean_age", "_queue", "_start",
+        "_after_cause", "_at", "_end", "_end_rule", "_from", "_lead", "_lean", "_lean_age", "_queue", "_special", "_start",
         "_start_rule", "blocks", "cap", "cap_cause", "cause", "config", "forced", "granted", "phase", "tag_length",
         "total", "used",
     )  # fmt: skip
@@ -77,6 +77,7 @@ class BudgetState:
         self.granted = 0  # think tokens that an extra grant has added to the cap
         self._end_rule = matcher(config.end, *config.end_also)
         self._start_rule = matcher(config.think)
+        self._special = frozenset((*config.eos, *(tag[0] for tag in (config.end, *config.end_also))))
         self._end = 0  # matcher states
         self._start = 0
         self._from = 0  # `used` when the open block began
@@ -153,6 +154,19 @@ class BudgetState:
             self._end = 0 if origin == "tool" else self._end_rule.step(self._end, token)
             if self._start_rule.hit[self._start] is not None:
                 self._open_block()
+
+    def plain(self, choice: int) -> bool:
+        """Take the model's choice if it is an ordinary think token with room for it: what `step` does with most of them.
+
+        False, and nothing taken, where an end tag, an end of sequence, the cap or a soft rule has a word in it.
+        """
+        if self._end or choice in self._special or self._lean is not None or self.phase not in ("counting", "slack"):
+            return False
+        if self.cap is not None and self.used >= self.cap:
+            return False
+        self._lead = len(self.config.lead)
+        self._count(1)
+        return True
 
     def step(self, choice: int) -> Action:
         """`next`, then `advance` with what it decided."""

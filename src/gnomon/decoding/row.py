@@ -276,6 +276,11 @@ class Row:
 
     def _think(self, choice: int, logprob: float) -> int:
         state = self.state
+        if state.plain(choice):
+            self._append(choice, logprob, "sampled", "think")
+            if choice in self.layout.boundary:
+                self.tapped = "boundary"
+            return choice
         kind, token = state.next(choice)
         state.advance(token)
         if kind == "continue":
