@@ -58,9 +58,9 @@ class BudgetState:
     """
 
     __slots__ = (
-        "_after_cause", "_at", "_end", "_end_rule", "_from", "_lead", "_lean", "_lean_age", "_queue", "_special", "_start",
-        "_start_rule", "blocks", "cap", "cap_cause", "cause", "config", "forced", "granted", "phase", "tag_length",
-        "total", "used",
+        "_after_cause", "_at", "_end", "_end_rule", "_from", "_lead", "_lean", "_lean_age", "_queue", "_special",
+        "_start", "_start_rule", "blocks", "cap", "cap_cause", "cause", "config", "forced", "granted", "phase",
+        "tag_length", "total", "used",
     )  # fmt: skip
 
     def __init__(self, config: BudgetConfig) -> None:
@@ -156,7 +156,7 @@ class BudgetState:
                 self._open_block()
 
     def plain(self, choice: int) -> bool:
-        """Take the model's choice if it is an ordinary think token with room for it: what `step` does with most of them.
+        """Take the model's choice if it is an ordinary think token that fits: what `step` does with most of them.
 
         False, and nothing taken, where an end tag, an end of sequence, the cap or a soft rule has a word in it.
         """

@@ -291,7 +291,7 @@ class Row:
             self._append(token, 0.0, "forced", "think")
         if state.phase == "closed":
             self.think_end = len(self.ids) - state.tag_length
-            self.in_answer = True
+            self.in_answer, self._stray_state = True, 0
             self.queue = self.layout.answer
             self.tapped = "end"
             self.answer_start = self.answer_end = len(self.ids)
