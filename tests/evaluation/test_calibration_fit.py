@@ -12,13 +12,15 @@ from gnomon.base.seeds import numpy_generator
 from gnomon.evaluation import metrics
 from gnomon.evaluation.calibration_fit import (
     Uncapped,
+    best_fixed_accuracy,
     fit_card,
     fit_domain,
     fit_operating,
+    fit_plan_price,
     fit_plan_threshold,
 )
 from gnomon.evaluation.scaling import conformal_offset, fit_scale
-from gnomon.metacognition.calibration import clip_tokens, sigmoid
+from gnomon.metacognition.calibration import best_value, clip_tokens, sigmoid
 
 PLANS = ("direct", "steps")
 
@@ -111,6 +113,43 @@ def test_threshold_buys_accuracy_only_where_it_is_needed() -> None:
     assert 0.3 <= tau <= strict <= 1.0
     free = Uncapped(**{**vars(data), "correct": np.ones_like(data.correct)})
     assert fit_plan_threshold(free, PLANS) == pytest.approx(0.3), "when all solve, the cheapest threshold wins"
+
+
+def valued(n: int, name: str) -> Uncapped:
+    """Heads with values: they know each plan's chance, and that `steps` is worse than `direct` in family "h"."""
+    data = uncapped(n, name)
+    g = numpy_generator("valued", name)
+    chance = np.where(data.plan_probs > 0.5, 0.95, 0.05)
+    chance[:, 1] = np.where(np.array(data.family) == "h", 0.4, 0.97)
+    correct = g.random((n, 2)) < chance
+    return Uncapped(
+        **{**vars(data), "correct": correct, "solve": np.log(chance / (1 - chance)), "cost": data.budget_raw}
+    )
+
+
+def test_a_price_beats_a_threshold_where_the_dear_plan_is_not_the_better_one() -> None:
+    data = valued(4000, "price")
+    assert fit_plan_price(uncapped(50, "none"), 0.0) is None, "heads without values keep the threshold"
+    price = fit_plan_price(data, tolerance=0.003)
+    assert price is not None
+    card, report = fit_card(data, PLANS, weights="w", dataset="d", stream="s", plan_tolerance=0.003)
+    assert card.plan_price == report["plan_price"] == price
+    fresh = valued(4000, "price-test")
+    rows = np.arange(4000)
+    assert fresh.solve is not None and fresh.cost is not None
+    chosen = (
+        best_value(fresh.solve, fresh.cost, 0.0),
+        card.choose_plan(fresh.plan_probs),
+        card.choose_plan(fresh.plan_probs, fresh.solve, fresh.cost),
+    )
+    free_of_charge, by_threshold, priced = (fresh.correct[rows, k].mean() for k in chosen)
+    assert free_of_charge > by_threshold + 0.03
+    assert free_of_charge > best_fixed_accuracy(fresh) + 0.01, "it may choose per problem, which no fixed plan can"
+    assert abs(priced - best_fixed_accuracy(fresh)) < 0.03
+    assert fresh.used[rows, chosen[2]].mean() < fresh.used[rows, chosen[0]].mean()
+    free = Uncapped(**{**vars(data), "correct": np.ones_like(data.correct)})
+    assert fit_plan_price(free) == pytest.approx(2e-2), "when all solve, the highest price wins"
+    assert (best_value(fresh.solve, fresh.cost, 10.0) == 0).all(), "at an absurd price nobody thinks"
 
 
 def test_domain_flags_few_at_home_and_most_abroad() -> None:

@@ -19,6 +19,8 @@ SHAPES: list[dict[str, Any]] = [
     {"aggregator": "mean"},
     {"layers": (0, 3), "plans": ("direct", "steps")},
     {"proj_dim": 7, "width": 19, "experts_per_layer": 3},
+    {"values": True},
+    {"values": True, "proj_dim": 3, "plans": ("steps",)},
 ]
 
 
@@ -51,6 +53,9 @@ def test_native_heads_equal_the_module(options: dict[str, Any]) -> None:
             assert np.allclose(a, b.numpy(), atol=1e-4, rtol=1e-4)
         assert np.allclose(got.conf_raw, want.conf_raw.numpy(), atol=1e-4, rtol=1e-4)
         assert np.allclose(got.g, want.g.numpy(), atol=1e-4, rtol=1e-4)
+        for a, c in ((got.solve_logits, want.solve_logits), (got.cost_raw, want.cost_raw)):
+            assert (a is None) == (c is None) == (not options.get("values"))
+            assert a is None or c is None or np.allclose(a, c.numpy(), atol=1e-4, rtol=1e-4)
 
 
 @needs_compiler
@@ -60,6 +65,6 @@ def test_a_row_does_not_depend_on_its_company_and_used_defaults_to_zero() -> Non
     whole = fast(taps, 1)
     for i in range(6):
         one = fast(taps[i : i + 1], 1, torch.zeros(1))
-        assert all(np.array_equal(a[0], b[i]) for a, b in zip(one, whole, strict=True))
+        assert all(a is None or np.array_equal(a[0], b[i]) for a, b in zip(one, whole, strict=True))
     with pytest.raises(ModelError, match=r"taps must be \[N, 5, 33\]"):
         fast(taps[:, :4], 1)

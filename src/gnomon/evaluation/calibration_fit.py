@@ -29,6 +29,7 @@ from gnomon.metacognition.calibration import (
     Running,
     Shifts,
     Temperatures,
+    best_value,
     clip_tokens,
     first_reaching,
     scaled,
@@ -49,7 +50,8 @@ class Uncapped:
     plans: order of the columns and of the plan head. plan_probs, budget_raw (log1p tokens), conf_before and conf_after
     (logits) float [N, K]; correct, closed bool [N, K]; used int [N, K]; state [N, K, C] of block `layer` at
     the think tag. Of one node boundary of each rollout: boundary_used, boundary_remaining (tokens, -1 where there is
-    none), boundary_budget, boundary_conf (NaN there) [N, K]; None = not recorded. The fields are those of
+    none), boundary_budget, boundary_conf (NaN there) [N, K]; None = not recorded. solve (logits) and cost (log1p
+    tokens) [N, K] at the prompt; None = heads without values. The fields are those of
     `training.heads_fit.read_greedy`: `Uncapped(**read_greedy(heads, labels))`.
     """
 
@@ -70,6 +72,8 @@ class Uncapped:
     boundary_remaining: Ints | None = None
     boundary_budget: Floats | None = None
     boundary_conf: Floats | None = None
+    solve: Floats | None = None
+    cost: Floats | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.family), len(self.plans))
@@ -95,12 +99,26 @@ def fit_plan_threshold(
     """The cheapest threshold whose accuracy reaches min(best fixed strategy per family, best threshold) − tolerance."""
     order = [data.plans.index(p) for p in cost_order]
     choices = grid if grid is not None else [*np.linspace(0.3, 0.95, 27), 0.97, 0.98, 0.99, 0.995, 1.0]
+    return _cheapest(data, choices, lambda tau: first_reaching(data.plan_probs, order, tau), tolerance)
+
+
+def fit_plan_price(data: Uncapped, tolerance: float = 0.0) -> float | None:
+    """The price of a think token by the same rule as the threshold; None where the heads give no values."""
+    solve, cost = data.solve, data.cost
+    if solve is None or cost is None:
+        return None
+    prices = [0.0, *np.geomspace(1e-5, 2e-2, 67)]
+    return _cheapest(data, prices, lambda price: best_value(solve, cost, price), tolerance)
+
+
+def _cheapest(data: Uncapped, choices: Sequence[float], plan: Callable[[float], Ints], tolerance: float) -> float:
+    """Of these settings of a rule the one with the fewest tokens that is accurate enough."""
     scored = []
-    for tau in choices:
-        pick = data.at(first_reaching(data.plan_probs, order, float(tau)))
-        scored.append((float(pick(data.correct).mean()), float(pick(data.used).mean()), float(tau)))
+    for setting in choices:
+        pick = data.at(plan(float(setting)))
+        scored.append((float(pick(data.correct).mean()), float(pick(data.used).mean()), float(setting)))
     goal = min(max(s[0] for s in scored), best_fixed_accuracy(data)) - tolerance
-    return min((used, tau) for accuracy, used, tau in scored if accuracy >= goal - 1e-12)[1]
+    return min((used, setting) for accuracy, used, setting in scored if accuracy >= goal - 1e-12)[1]
 
 
 def best_fixed_accuracy(data: Uncapped) -> float:
@@ -227,12 +245,10 @@ def fit_card(
     Confidence counts as calibrated only under plans with at least `min_plan_rows` chosen rows here (or all plans that
     were chosen, when none has as many). Returns the card and a report with the numbers before and after scaling.
     """
-    tau = fit_plan_threshold(data, cost_order, plan_tolerance)
-    order = [data.plans.index(p) for p in cost_order]
-    plan = first_reaching(data.plan_probs, order, tau)
+    tau, price = fit_plan_threshold(data, cost_order, plan_tolerance), fit_plan_price(data, plan_tolerance)
+    plan = _chosen(data, cost_order, tau, price)
     point = fit_operating(data, plan, cut, tolerance)
     fit_raw, fit_used = _needs(data, plan)
-    tested = conformal_offset(fit_raw, fit_used, 0.90)
     before = data.at(plan)(data.conf_before)
     (t_before, b_before), (t_after, b_after) = (fit_scale(x, point.correct) for x in (before, point.conf_after))
     chosen = {data.plans[k]: int((plan == k).sum()) for k in range(len(data.plans))}
@@ -243,9 +259,10 @@ def fit_card(
         plans=data.plans,
         cost_order=tuple(cost_order),
         plan_threshold=tau,
+        plan_price=price,
         temperature=Temperatures(before=t_before, after=t_after),
         shift=Shifts(before=b_before, after=b_after),
-        budget_clip=BudgetClip(tested_offset=tested, level=point.level, operating_offset=point.offset, n=len(fit_used)),
+        budget_clip=_clip(point, fit_raw, fit_used),
         domain=fit_domain(data.state.reshape(-1, data.state.shape[-1]), _groups(data), data.layer),
         fitted_plans=tuple(fitted),
         best_plan=dict(best_plan or {}),
@@ -260,14 +277,31 @@ def fit_card(
     )
     report = _report(data, plan, point, chosen) | {
         "plan_threshold": tau,
+        "plan_price": price,
         "running": measured,
-        "clip_coverage": metrics.coverage(clip_tokens(fit_raw, tested), fit_used),
+        "clip_coverage": metrics.coverage(card.clip_budget(fit_raw, "tested"), fit_used),
         "unscaled": {
-            "before": quality(sigmoid(before), point.correct).model_dump(),
-            "after": quality(sigmoid(point.conf_after), point.correct).model_dump(),
+            name: quality(sigmoid(x), point.correct).model_dump()
+            for name, x in (("before", before), ("after", point.conf_after))
         },
     }
     return card, report
+
+
+def _clip(point: OperatingPoint, raw: Floats, used: Ints) -> BudgetClip:
+    return BudgetClip(
+        tested_offset=conformal_offset(raw, used, 0.90),
+        level=point.level,
+        operating_offset=point.offset,
+        n=len(used),
+    )
+
+
+def _chosen(data: Uncapped, cost_order: Sequence[str], tau: float, price: float | None) -> Ints:
+    """[N] the plan that the card will choose."""
+    if price is not None and data.solve is not None and data.cost is not None:
+        return best_value(data.solve, data.cost, price)
+    return first_reaching(data.plan_probs, [data.plans.index(p) for p in cost_order], tau)
 
 
 def _running(

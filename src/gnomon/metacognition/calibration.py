@@ -133,7 +133,9 @@ class Fitted(_Frozen):
 
 
 class Card(_Frozen):
-    """One calibration. `weights` is the fingerprint of the heads; `digest` guards the file against edits.
+    """One calibration. plan_price: what a think token costs in chances of being right, where plans have values.
+
+    `weights` is the fingerprint of the heads; `digest` guards the file against edits.
 
     running: None where the heads learned nothing at boundaries (all cards before 2026-11-21).
     """
@@ -144,6 +146,7 @@ class Card(_Frozen):
     plans: tuple[str, ...] = Field(min_length=1)
     cost_order: tuple[str, ...]
     plan_threshold: float = Field(gt=0.0, le=1.0)
+    plan_price: float | None = Field(default=None, ge=0.0)
     temperature: Temperatures
     shift: Shifts = Shifts()
     budget_clip: BudgetClip
@@ -170,7 +173,8 @@ class Card(_Frozen):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _body(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude={"running"} if self.running is None else None)
+        absent = {name for name in ("running", "plan_price") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=absent)
 
     def save(self, path: Path) -> None:
         """Write the card as JSON (with its digest) to a file; a folder gets the usual file name."""
@@ -212,8 +216,14 @@ class Card(_Frozen):
         """Raw logits [N] -> probabilities [N]; temperature and shift of that place, applied once."""
         return scaled(raw, getattr(self.temperature, place), getattr(self.shift, place))
 
-    def choose_plan(self, probs: Floats) -> NDArray[np.int64]:
-        """Probabilities [N, K] (order of `plans`) -> index [N] of the first in cost order reaching the threshold."""
+    def choose_plan(self, probs: Floats, solve: Floats | None = None, cost: Floats | None = None) -> NDArray[np.int64]:
+        """Index [N] of the chosen plan.
+
+        With a price and values (solve logits and cost in log1p(tokens) [N, K], order of `plans`): the highest value.
+        Otherwise from probs [N, K]: the first in cost order whose cumulative probability reaches the threshold.
+        """
+        if self.plan_price is not None and solve is not None and cost is not None:
+            return best_value(solve, cost, self.plan_price)
         return first_reaching(probs, [self.plans.index(p) for p in self.cost_order], self.plan_threshold)
 
     def clip_budget(self, raw: Floats, which: Literal["operating", "tested"] = "operating") -> NDArray[np.int64]:
@@ -247,6 +257,11 @@ def first_reaching(probs: Floats, order: Sequence[int], threshold: float) -> NDA
     cumulative = np.cumsum(probs[:, list(order)], axis=1)
     cumulative[:, -1] = np.inf  # rounding must not leave a row without a plan
     return np.asarray(order, dtype=np.int64)[(cumulative >= threshold - 1e-12).argmax(1)]
+
+
+def best_value(solve: Floats, cost: Floats, price: float) -> NDArray[np.int64]:
+    """Solve logits and cost in log1p(tokens) [N, K] -> index [N] of the highest chance − price × tokens."""
+    return np.asarray((sigmoid(solve) - price * np.maximum(np.expm1(np.minimum(cost, 12.0)), 0.0)).argmax(1))
 
 
 def clip_tokens(raw: Floats, offset: float) -> NDArray[np.int64]:

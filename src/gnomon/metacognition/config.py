@@ -19,6 +19,7 @@ class MetacogConfig(BaseModel):
     n_layers, hidden_size: of the backbone's taps [N, L, C].
     layers: the tapped blocks that are used; None = all of them (`linked_all_layers`).
     experts_per_layer: plan/budget/confidence experts per layer, mixed by a learned softmax gate.
+    values: also say, per plan, how likely it solves the problem and what it costs (False in layers of older files).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +33,7 @@ class MetacogConfig(BaseModel):
     layers: tuple[int, ...] | None = None
     experts_per_layer: int = Field(default=1, ge=1, le=16)
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    values: bool = False
 
     @model_validator(mode="after")
     def _names(self) -> MetacogConfig:

@@ -80,11 +80,16 @@ class Decision:
 
 
 class Raw(NamedTuple):
-    """What the heads say: plan logits [N, K], budget [N] in log1p(tokens), confidence [N] logit; float64."""
+    """What the heads say: plan logits [N, K], budget [N] in log1p(tokens), confidence [N] logit; float64.
+
+    solve (logits), cost (log1p(tokens)) [N, K]: the plans' values, None without them.
+    """
 
     plan: Floats
     budget: Floats
     confidence: Floats
+    solve: Floats | None = None
+    cost: Floats | None = None
 
 
 class Decider:
@@ -108,10 +113,11 @@ class Decider:
 
     def plan(self, taps: Tensor) -> list[PlanDecision]:
         """taps [B, L, C] at the last prompt token -> one PlanDecision per row."""
-        logits = self._read(taps, PROMPT).plan
+        out = self._read(taps, PROMPT)
+        logits = out.plan
         probs = np.exp(logits - logits.max(1, keepdims=True))
         probs /= probs.sum(1, keepdims=True)
-        chosen = probs.argmax(1) if self.card is None else self.card.choose_plan(probs)
+        chosen = probs.argmax(1) if self.card is None else self.card.choose_plan(probs, out.solve, out.cost)
         return [
             PlanDecision(self.plans[int(k)], dict(zip(self.plans, map(float, row), strict=True)))
             for k, row in zip(chosen, probs, strict=True)
@@ -207,13 +213,15 @@ class Decider:
     def _read(self, taps: Tensor, site: int, used: Tensor | None = None) -> Raw:
         if self._native is not None:
             out = self._native(taps.cpu(), site, used)
-            return Raw(*(x.astype(np.float64) for x in (out.plan_logits, out.budget_raw, out.conf_raw)))
+            read = (out.plan_logits, out.budget_raw, out.conf_raw, out.solve_logits, out.cost_raw)
+            return Raw(*(None if x is None else x.astype(np.float64) for x in read))  # type: ignore[arg-type]
         device = self.heads.layer_index.device
         n = taps.shape[0]
         tokens = torch.zeros(n) if used is None else used
         where = torch.full((n,), site, dtype=torch.int64, device=device)
         full = self.heads(taps.to(device), where, tokens.to(device))
-        return Raw(*(_numpy(x) for x in (full.plan_logits, full.budget_raw, full.conf_raw)))
+        values = (None if x is None else _numpy(x) for x in (full.solve_logits, full.cost_raw))
+        return Raw(_numpy(full.plan_logits), _numpy(full.budget_raw), _numpy(full.conf_raw), *values)
 
     def _check(self, plans: Sequence[str], taps: Tensor) -> None:
         for name in plans:

@@ -12,17 +12,18 @@ typedef struct {
   const float *inp, *inp_bias, *layer, *site, *gain, *used; /* packed [C -> W]; [W]; [L, W]; [S, W]; [S, W]; [W] */
   const float *out, *out_bias, *norm, *norm_bias;    /* packed [W -> P]; [P] each */
   const float *query, *prior;                        /* [P], [L] */
-  const float *hidden_w[3], *hidden_b[3];            /* packed [P -> P], [P]: plan, budget, confidence */
-  const float *last_w[3], *last_b[3];                /* packed [P -> K or 1], [K or 1] */
+  const float *hidden_w[4], *hidden_b[4];            /* packed [P -> P], [P]: plan, budget, confidence, values */
+  const float *last_w[4], *last_b[4];                /* packed [P -> K, 1, 1 or 2K] and their biases; values: NULL = none */
 } Heads;
 
 static inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 
-/* taps [N, A, C], site [N], log_used [N] = log1p(tokens) -> plan [N, K], budget [N], confidence [N], g [N, P] */
+/* taps [N, A, C], site [N], log_used [N] = log1p(tokens) -> plan [N, K], budget [N], confidence [N], g [N, P],
+   values [N, 2K] where the heads give them */
 int gn_heads(const Heads *h, int rows, const float *taps, const int32_t *site, const float *log_used, float *plan,
-             float *budget, float *confidence, float *g) {
+             float *budget, float *confidence, float *g, float *values) {
   const int L = h->layers, C = h->hidden, W = h->width, P = h->proj;
-  float *room = malloc(sizeof(float) * ((size_t)L * (C + W + P + 1) + 2 * P + NR));
+  float *room = malloc(sizeof(float) * ((size_t)L * (C + W + P + 1) + P + 2 * h->plans + NR));
   if (!room) return 0;
   float *x = room, *u = x + L * C, *z = u + L * W, *alpha = z + L * P, *a = alpha + L, *b = a + P;
   for (int n = 0; n < rows; n++) {
@@ -65,9 +66,11 @@ int gn_heads(const Heads *h, int rows, const float *taps, const int32_t *site, c
     for (int i = 0; i < P; i++) to[i] = 0;
     for (int l = 0; l < L; l++)
       for (int i = 0; i < P; i++) to[i] += alpha[l] / sum * z[l * P + i];
-    for (int k = 0; k < 3; k++) {
-      float *result = k == 0 ? plan + (int64_t)n * h->plans : k == 1 ? budget + n : confidence + n;
-      const int outputs = k == 0 ? h->plans : 1;
+    float *results[4] = {plan + (int64_t)n * h->plans, budget + n, confidence + n, values + (int64_t)n * 2 * h->plans};
+    const int sizes[4] = {h->plans, 1, 1, 2 * h->plans};
+    for (int k = 0; k < 4 && h->last_w[k]; k++) {
+      float *result = results[k];
+      const int outputs = sizes[k];
       matmul(to, P, 1, h->hidden_w[k], P, P, a, P);
       for (int i = 0; i < P; i++) a[i] = gelu(a[i] + h->hidden_b[k][i]);
       matmul(a, P, 1, h->last_w[k], outputs, P, b, outputs);

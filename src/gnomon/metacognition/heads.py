@@ -22,6 +22,9 @@ from gnomon.metacognition.trunk import PerLayerTrunk
 class MetacogOutput:
     """plan_logits [N, K] · budget_raw [N] in log1p(tokens) · conf_raw [N] logit · alpha [N, L] · g [N, P].
 
+    solve_logits, cost_raw [N, K], at the prompt: whether each plan solves the problem, and its log1p(tokens); None
+    where the config has no `values`.
+
     per_layer: always present; empty unless asked for, else plan_logits_pl [N, L, K], budget_raw_pl [N, L],
     conf_raw_pl [N, L].
     """
@@ -31,6 +34,8 @@ class MetacogOutput:
     conf_raw: Tensor
     alpha: Tensor
     g: Tensor
+    solve_logits: Tensor | None = None
+    cost_raw: Tensor | None = None
     per_layer: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -54,6 +59,7 @@ class MetacogHeads(nn.Module):
         self.plan_head = _head(proj_dim, config.n_plans)
         self.budget_head = _head(proj_dim, 1)
         self.conf_head = _head(proj_dim, 1)
+        self.value_head = _head(proj_dim, 2 * config.n_plans) if config.values else None
 
     def forward(self, taps: Tensor, site: Tensor, used: Tensor, *, per_layer: bool = False) -> MetacogOutput:
         """taps [N, L, C] of all backbone layers, site [N] int64 (see SITES), used [N] tokens -> MetacogOutput.
@@ -75,7 +81,10 @@ class MetacogHeads(nn.Module):
         if per_layer:
             plan_pl, budget_pl, conf_pl = self.experts(z)
             detail = {"plan_logits_pl": plan_pl, "budget_raw_pl": budget_pl, "conf_raw_pl": conf_pl}
+        values = (None, None) if self.value_head is None else self.value_head(g).chunk(2, dim=-1)
         return MetacogOutput(
+            solve_logits=values[0],
+            cost_raw=values[1],
             plan_logits=self.plan_head(g),
             budget_raw=self.budget_head(g).squeeze(-1),
             conf_raw=self.conf_head(g).squeeze(-1),

@@ -30,16 +30,21 @@ Floats = NDArray[np.float32]
 
 class _Heads(ctypes.Structure):
     _fields_ = [*((n, ctypes.c_int32) for n in _INTS), *((n, Pointer) for n in _ARRAYS),
-                *((n, Pointer * 3) for n in _HEADS)]  # fmt: skip
+                *((n, Pointer * 4) for n in _HEADS)]  # fmt: skip
 
 
 class Reading(NamedTuple):
-    """plan_logits [N, K], budget_raw [N] in log1p(tokens), conf_raw [N] logit, g [N, P]; float32."""
+    """plan_logits [N, K], budget_raw [N] in log1p(tokens), conf_raw [N] logit, g [N, P]; float32.
+
+    solve_logits, cost_raw [N, K]: None where the heads have no values.
+    """
 
     plan_logits: Floats
     budget_raw: Floats
     conf_raw: Floats
     g: Floats
+    solve_logits: Floats | None = None
+    cost_raw: Floats | None = None
 
 
 class NativeHeads:
@@ -51,7 +56,7 @@ class NativeHeads:
             raise ModelError("the compiled heads are not available here; use MetacogHeads")
         self._lib, self._arrays, config = lib, native.Arrays(lib), heads.config
         self.shape = config.n_layers, config.hidden_size
-        self.plans, self.proj = config.n_plans, config.proj_dim
+        self.plans, self.proj, self.values = config.n_plans, config.proj_dim, config.values
         self._index = np.asarray(config.used_layers, dtype=np.int32)
         self._struct = self._build(heads)
 
@@ -63,14 +68,15 @@ class NativeHeads:
         n = len(states)
         sites = np.full(n, site, dtype=np.int32)
         tokens = np.zeros(n, dtype=np.float32) if used is None else np.log1p(np.maximum(used.float().numpy(), 0.0))
-        shapes = ((n, self.plans), (n,), (n,), (n, self.proj))
-        out = Reading(*(np.empty(shape, dtype=np.float32) for shape in shapes))
+        shapes = ((n, self.plans), (n,), (n,), (n, self.proj), (n, 2 * self.plans))
+        out = [np.empty(shape, dtype=np.float32) for shape in shapes]
         done = self._lib.gn_heads(
             ctypes.byref(self._struct), n, pointer(states), pointer(sites), pointer(tokens), *map(pointer, out)
         )
         if not done:
             raise MemoryError("no memory to read the heads")
-        return out
+        *rest, values = out
+        return Reading(*rest, *np.split(values, 2, axis=1)) if self.values else Reading(*rest)
 
     def _build(self, heads: MetacogHeads) -> _Heads:
         c, trunk, aggregator = heads.config, heads.trunk, heads.aggregator
@@ -96,7 +102,12 @@ class NativeHeads:
         }
         sizes = (c.n_layers, len(c.used_layers), c.hidden_size, c.width, c.proj_dim, c.n_plans, int(attention))
         parts: dict[str, list[int]] = {name: [] for name in _HEADS}
-        for head in (heads.plan_head, heads.budget_head, heads.conf_head):
+        every = (heads.plan_head, heads.budget_head, heads.conf_head, heads.value_head)
+        for head in every:
+            if head is None:
+                for name in _HEADS:
+                    parts[name].append(0)
+                continue
             first, last = head[0], head[2]
             assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
             for name, address in zip(
@@ -105,7 +116,7 @@ class NativeHeads:
                 strict=True,
             ):
                 parts[name].append(address)
-        return _Heads(*sizes, *values.values(), *((Pointer * 3)(*parts[name]) for name in _HEADS))
+        return _Heads(*sizes, *values.values(), *((Pointer * 4)(*parts[name]) for name in _HEADS))
 
 
 def available(heads: MetacogHeads) -> bool:

@@ -54,7 +54,7 @@ class HeadsConfig(BaseModel):
     def metacog(self, n_layers: int, hidden_size: int, plans: tuple[str, ...]) -> MetacogConfig:
         """The shape of the heads for a backbone with these taps."""
         shared = self.model_dump(include={"proj_dim", "width", "aggregator", "layers", "experts_per_layer", "dropout"})
-        return MetacogConfig(n_layers=n_layers, hidden_size=hidden_size, plans=plans, **shared)
+        return MetacogConfig(n_layers=n_layers, hidden_size=hidden_size, plans=plans, values=True, **shared)
 
 
 class _Set:
@@ -64,9 +64,9 @@ class _Set:
         def take(x: NDArray[Any], rows: NDArray[np.bool_]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(x[rows])).to(device)
 
-        plans = problems & (data.plan >= 0)
         think, end = problems[data.think_row], problems[data.end_row]
-        self.prompt, self.plan = take(data.prompt_taps, plans), take(data.plan, plans)
+        self.prompt, self.plan = take(data.prompt_taps, problems), take(data.plan, problems)
+        self.solve, self.cost = take(data.solve, problems), take(data.cost, problems)
         self.think, self.share = take(data.think_taps, think), take(data.share, think)
         self.budget, self.censored = take(data.budget, think), take(data.censored, think)
         self.end, self.used, self.correct = take(data.end_taps, end), take(data.used, end), take(data.correct, end)
@@ -92,6 +92,7 @@ def _parts(
     need, cut, share, right = data.budget[t], data.censored[t], data.share[t], data.correct[e]
     parts = {
         "plan": objectives.plan_ce(out.plan_logits[:a], data.plan[p], smoothing),
+        **_values(out, a, data.solve[p], data.cost[p]),
         "budget": objectives.budget_error(out.budget_raw[a:b], need, cut),
         "budget_quantile": objectives.budget_pinball(out.budget_raw[a:b], need, 0.5, cut),
         "conf_before": objectives.confidence_bce(out.conf_raw[a:b], share),
@@ -107,6 +108,16 @@ def _parts(
         "layer_budget_var": objectives.layer_variance(budget_pl[a:b]),
     }
     return parts, out
+
+
+def _values(out: MetacogOutput, n: int, solve: Tensor, cost: Tensor) -> dict[str, Tensor]:
+    """Losses of the plans' values on the first n rows; targets [n, K]."""
+    if out.solve_logits is None or out.cost_raw is None:
+        return {}
+    return {
+        "solve": objectives.confidence_bce(out.solve_logits[:n], solve),
+        "cost": objectives.budget_error(out.cost_raw[:n], cost),
+    }
 
 
 def fit_heads(
@@ -179,7 +190,16 @@ def evaluate_heads(heads: MetacogHeads, data: _Set, weights: LossWeights, limit:
     rows = [torch.arange(0, n, max(1, math.ceil(n / limit))) for n in data.sizes()]
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
-    site_of = {"plan": 0, "budget": 1, "conf_before": 1, "conf_after": 2, "boundary_budget": 3, "boundary_conf": 3}
+    site_of = {
+        "plan": 0,
+        "solve": 0,
+        "cost": 0,
+        "budget": 1,
+        "conf_before": 1,
+        "conf_after": 2,
+        "boundary_budget": 3,
+        "boundary_conf": 3,
+    }
     targets = {"budget": data.budget, "boundary_budget": data.need}
     chunk = 512
     hits = 0.0
@@ -190,6 +210,8 @@ def evaluate_heads(heads: MetacogHeads, data: _Set, weights: LossWeights, limit:
         hits += float((out.plan_logits[:n_plan].argmax(-1) == data.plan[part_rows[0]]).sum())
         for name, k in site_of.items():
             known = targets.get(name)
+            if name not in parts:
+                continue
             n = float(len(part_rows[k]) if known is None else (~torch.isnan(known[part_rows[k]])).sum())
             if n:
                 sums[name] = sums.get(name, 0.0) + float(parts[name]) * n
@@ -198,7 +220,7 @@ def evaluate_heads(heads: MetacogHeads, data: _Set, weights: LossWeights, limit:
     scores = {name: sums[name] / counts[name] for name in sums}
     table = weights.model_dump()
     scores["loss"] = sum(table[name] * value for name, value in scores.items())
-    scores["plan_accuracy"] = hits / max(1, len(rows[0]))
+    scores["plan_accuracy"] = hits / max(1, int((data.plan[rows[0]] >= 0).sum()))
     return scores
 
 
@@ -286,6 +308,8 @@ def read_greedy(heads: MetacogHeads, labels: LabelSet, chunk: int = 1024) -> dic
         "family": tuple(p.family for p in labels.problems),
         "level": tuple(p.level for p in labels.problems),
         "plan_probs": logits.softmax(-1).double().numpy(),
+        "solve": None if prompt[0].solve_logits is None else _joined(prompt, "solve_logits"),
+        "cost": None if prompt[0].cost_raw is None else _joined(prompt, "cost_raw"),
         "budget_raw": _joined(think, "budget_raw").reshape(shape),
         "conf_before": _joined(think, "conf_raw").reshape(shape),
         "conf_after": _joined(end, "conf_raw").reshape(shape),

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -112,12 +112,15 @@ class BoundaryData:
 class HeadData:
     """Training arrays. Rows of `prompt`: problems; `think`: problem × strategy; `end`: rollouts; `boundary`: some.
 
-    prompt_taps [P, L, C], plan [P] int64 (-1 none) · think_taps [T, L, C], budget [T] log1p(tokens) (NaN none),
-    censored [T], share [T], strategy [T] · end_taps [E, L, C], used [E], correct [E] · *_row: index of the problem.
+    prompt_taps [P, L, C], plan [P] int64 (-1 none), solve [P, K] share right and cost [P, K] log1p(mean tokens) per
+    plan · think_taps [T, L, C], budget [T] log1p(tokens) (NaN none), censored [T], share [T], strategy [T] · end_taps
+    [E, L, C], used [E], correct [E] · *_row: index of the problem.
     """
 
     prompt_taps: States
     plan: NDArray[np.int64]
+    solve: States
+    cost: States
     think_taps: States
     budget: States
     censored: NDArray[np.bool_]
@@ -180,6 +183,8 @@ class LabelSet:
         return HeadData(
             prompt_taps=_stack(p.taps_prompt for p in self.problems),
             plan=np.array([-1 if s is None else index[s] for s in labels], dtype=np.int64),
+            solve=self._per_plan(lambda s: s.share),
+            cost=self._per_plan(lambda s: math.log1p(statistics.fmean(r.used for r in s.rollouts))),
             think_taps=_stack(t[0] for t in think),
             budget=np.array([t[1] for t in think], dtype=np.float32),
             censored=np.array([t[2] for t in think]),
@@ -211,6 +216,9 @@ class LabelSet:
             correct=np.array([f[2] for f in found], dtype=np.float32),
             row=np.array([f[5] for f in found], dtype=np.int64),
         )
+
+    def _per_plan(self, value: Callable[[StrategyLabels], float]) -> States:
+        return np.array([[value(p.strategies[s]) for s in self.strategies] for p in self.problems], dtype=np.float32)
 
     def summary(self) -> dict[str, Any]:
         """Counts for the log: label shares, unsolved items, accuracy, cost and censored share per strategy."""

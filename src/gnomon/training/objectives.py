@@ -18,12 +18,15 @@ from gnomon.base.errors import unknown
 class LossWeights(BaseModel):
     """Weight of each named part; 0 switches it off. `layer_*` train the per-layer experts.
 
+    `solve` and `cost` train the values of the plans: the share of right rollouts and log1p(mean tokens) of each.
     `boundary_*` train the running estimates: remaining tokens, final correctness and its order.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     plan: float = Field(default=1.0, ge=0.0)
+    solve: float = Field(default=1.0, ge=0.0)
+    cost: float = Field(default=0.2, ge=0.0)
     budget: float = Field(default=1.0, ge=0.0)
     budget_quantile: float = Field(default=0.0, ge=0.0)
     conf_before: float = Field(default=1.0, ge=0.0)
