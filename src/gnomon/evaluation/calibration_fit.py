@@ -94,36 +94,43 @@ CutDecode = Callable[[Ints, Sequence[str], Ints], tuple[Bools, Floats]]
 
 
 def fit_plan_threshold(
-    data: Uncapped, cost_order: Sequence[str], tolerance: float = 0.0, grid: Sequence[float] | None = None
+    data: Uncapped, cost_order: Sequence[str], tolerance: float = 0.0, best_plan: Mapping[str, str] | None = None
 ) -> float:
     """The cheapest threshold whose accuracy reaches min(best fixed strategy per family, best threshold) − tolerance."""
     order = [data.plans.index(p) for p in cost_order]
-    choices = grid if grid is not None else [*np.linspace(0.3, 0.95, 27), 0.97, 0.98, 0.99, 0.995, 1.0]
-    return _cheapest(data, choices, lambda tau: first_reaching(data.plan_probs, order, tau), tolerance)
+    choices = [*np.linspace(0.3, 0.95, 27), 0.97, 0.98, 0.99, 0.995, 1.0]
+    goal = best_fixed_accuracy(data, best_plan), tolerance
+    return _cheapest(data, choices, lambda tau: first_reaching(data.plan_probs, order, tau), *goal)
 
 
-def fit_plan_price(data: Uncapped, tolerance: float = 0.0) -> float | None:
+def fit_plan_price(data: Uncapped, tolerance: float = 0.0, best_plan: Mapping[str, str] | None = None) -> float | None:
     """The price of a think token by the same rule as the threshold; None where the heads give no values."""
     solve, cost = data.solve, data.cost
     if solve is None or cost is None:
         return None
     prices = [0.0, *np.geomspace(1e-5, 2e-2, 67)]
-    return _cheapest(data, prices, lambda price: best_value(solve, cost, price), tolerance)
+    goal = best_fixed_accuracy(data, best_plan), tolerance
+    return _cheapest(data, prices, lambda price: best_value(solve, cost, price), *goal)
 
 
-def _cheapest(data: Uncapped, choices: Sequence[float], plan: Callable[[float], Ints], tolerance: float) -> float:
-    """Of these settings of a rule the one with the fewest tokens that is accurate enough."""
+def _cheapest(
+    data: Uncapped, choices: Sequence[float], plan: Callable[[float], Ints], fixed: float, tolerance: float
+) -> float:
+    """Of these settings of a rule the one with the fewest tokens that is accurate enough beside `fixed`."""
     scored = []
     for setting in choices:
         pick = data.at(plan(float(setting)))
         scored.append((float(pick(data.correct).mean()), float(pick(data.used).mean()), float(setting)))
-    goal = min(max(s[0] for s in scored), best_fixed_accuracy(data)) - tolerance
+    goal = min(max(s[0] for s in scored), fixed) - tolerance
     return min((used, setting) for accuracy, used, setting in scored if accuracy >= goal - 1e-12)[1]
 
 
-def best_fixed_accuracy(data: Uncapped) -> float:
-    """Accuracy with each family's best strategy, chosen on these rows (so slightly optimistic)."""
+def best_fixed_accuracy(data: Uncapped, best_plan: Mapping[str, str] | None = None) -> float:
+    """Accuracy with each family's fixed strategy; without one per family the best on these rows (so optimistic)."""
     names = np.asarray(data.family)
+    if best_plan and set(data.family) <= set(best_plan):
+        fixed = np.array([data.plans.index(best_plan[f]) for f in data.family], dtype=np.int64)
+        return float(data.at(fixed)(data.correct).mean())
     return float(sum(data.correct[names == f].mean(0).max() * (names == f).mean() for f in set(data.family)))
 
 
@@ -245,8 +252,7 @@ def fit_card(
     Confidence counts as calibrated only under plans with at least `min_plan_rows` chosen rows here (or all plans that
     were chosen, when none has as many). Returns the card and a report with the numbers before and after scaling.
     """
-    tau, price = fit_plan_threshold(data, cost_order, plan_tolerance), fit_plan_price(data, plan_tolerance)
-    plan = _chosen(data, cost_order, tau, price)
+    tau, price, plan = _fit_choice(data, cost_order, plan_tolerance, best_plan)
     point = fit_operating(data, plan, cut, tolerance)
     fit_raw, fit_used = _needs(data, plan)
     before = data.at(plan)(data.conf_before)
@@ -297,11 +303,15 @@ def _clip(point: OperatingPoint, raw: Floats, used: Ints) -> BudgetClip:
     )
 
 
-def _chosen(data: Uncapped, cost_order: Sequence[str], tau: float, price: float | None) -> Ints:
-    """[N] the plan that the card will choose."""
+def _fit_choice(
+    data: Uncapped, cost_order: Sequence[str], tolerance: float, best_plan: Mapping[str, str] | None
+) -> tuple[float, float | None, Ints]:
+    """(threshold, price, the plans [N] that the card will choose)."""
+    tau = fit_plan_threshold(data, cost_order, tolerance, best_plan)
+    price = fit_plan_price(data, tolerance, best_plan)
     if price is not None and data.solve is not None and data.cost is not None:
-        return best_value(data.solve, data.cost, price)
-    return first_reaching(data.plan_probs, [data.plans.index(p) for p in cost_order], tau)
+        return tau, price, best_value(data.solve, data.cost, price)
+    return tau, None, first_reaching(data.plan_probs, [data.plans.index(p) for p in cost_order], tau)
 
 
 def _running(

@@ -5,11 +5,9 @@
 
    Every number of a row is computed in an order that depends on that row alone: results do not change with what else
    is in the step, with how a row is cut into steps or with the number of threads. model/decoder.py is the definition;
-   tests/model/test_native.py holds this file to it. Rows are dealt to threads, so no thread waits for another.
+   tests/model/test_native.py holds this file to it. Rows are dealt to threads, so no thread waits for another. */
 
-   Keys are kept in blocks of KB positions, [block][D][KB], values as [S][D]. */
-
-#include "matrix.h"
+#include "attention.h"
 #include "pool.h"
 
 #define EPS 1e-6f
@@ -33,12 +31,6 @@ typedef struct {
   const float *embed, *before, *unembed, *rope; /* embed [V, C]; before, unembed packed; rope [context, 2, D/2] */
   Layer layer[];
 } Model;
-
-typedef struct { /* keys [L, slots, H, S/KB, D, KB], values [L, slots, H, S, D], lengths [slots], ids [slots, S] */
-  float *keys, *values;
-  int32_t *lengths, *ids;
-  int64_t slots, capacity; /* capacity: a multiple of KB */
-} Cache;
 
 int64_t gn_model_size(const Shape *s) { return sizeof(Model) + sizeof(Layer) * (int64_t)s->layers; }
 
@@ -148,106 +140,6 @@ static void write_streams(const Shape *s, float *x, int M, const float *z, const
   }
 }
 
-static void rotate(float *x, const float *table, int half) {
-  for (int i = 0; i < half; i++) {
-    const float a = x[i], b = x[half + i], cos = table[i], sin = table[half + i];
-    x[i] = a * cos - b * sin;
-    x[half + i] = a * sin + b * cos;
-  }
-}
-
-typedef struct { /* one head of one row: keys [length/KB][D][KB], values [length][D] */
-  const float *keys, *values;
-  int length;
-} Head;
-
-/* Bring a block of keys and its values, KB positions each, nearer to the processor. */
-static inline void prefetch(const Head *head, int block, int D) {
-  if (block * KB >= head->length) return;
-  const char *k = (const char *)(head->keys + (int64_t)block * D * KB);
-  const char *v = (const char *)(head->values + (int64_t)block * D * KB);
-  for (int i = 0; i < D * KB * 4; i += 64) {
-    __builtin_prefetch(k + i);
-    __builtin_prefetch(v + i);
-  }
-}
-
-/* scores [blocks * KB] = q . keys: four blocks at a time, because one sum alone waits for itself */
-static void score(const float *q, const Head *head, const Head *next, int blocks, int D, float *scores) {
-  const float scale = 1.0f / sqrtf((float)D);
-  int b = 0;
-  for (; b + 4 <= blocks; b += 4) {
-    const float *k = head->keys + (int64_t)b * D * KB;
-    vkb s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
-    for (int d = 0; d < D; d++) {
-      s0 += q[d] * *(const vkb *)(k + d * KB);
-      s1 += q[d] * *(const vkb *)(k + (D + d) * KB);
-      s2 += q[d] * *(const vkb *)(k + (2 * D + d) * KB);
-      s3 += q[d] * *(const vkb *)(k + (3 * D + d) * KB);
-    }
-    *(vkb *)(scores + b * KB) = s0 * scale;
-    *(vkb *)(scores + (b + 1) * KB) = s1 * scale;
-    *(vkb *)(scores + (b + 2) * KB) = s2 * scale;
-    *(vkb *)(scores + (b + 3) * KB) = s3 * scale;
-    for (int i = 0; i < 4; i++) prefetch(next, b + i, D);
-  }
-  for (; b < blocks; b++) {
-    const float *k = head->keys + (int64_t)b * D * KB;
-    vkb s0 = {0};
-    for (int d = 0; d < D; d++) s0 += q[d] * *(const vkb *)(k + d * KB);
-    *(vkb *)(scores + b * KB) = s0 * scale;
-    prefetch(next, b, D);
-  }
-}
-
-/* o [D] = sum_t p[t] values[t]: four positions at a time, KB channels at a time where D allows it */
-static void blend(const float *p, const Head *head, int D, float *o) {
-  const int length = head->length;
-  int d = 0;
-  for (; d + KB <= D; d += KB) {
-    const float *v = head->values + d;
-    vkb s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
-    int t = 0;
-    for (; t + 4 <= length; t += 4) {
-      s0 += p[t] * *(const vkb *)(v + (int64_t)t * D);
-      s1 += p[t + 1] * *(const vkb *)(v + (int64_t)(t + 1) * D);
-      s2 += p[t + 2] * *(const vkb *)(v + (int64_t)(t + 2) * D);
-      s3 += p[t + 3] * *(const vkb *)(v + (int64_t)(t + 3) * D);
-    }
-    for (; t < length; t++) s0 += p[t] * *(const vkb *)(v + (int64_t)t * D);
-    *(vkb *)(o + d) = (s0 + s1) + (s2 + s3);
-  }
-  for (; d < D; d++) {
-    float sum = 0;
-    for (int t = 0; t < length; t++) sum += p[t] * head->values[(int64_t)t * D + d];
-    o[d] = sum;
-  }
-}
-
-/* One query of one head: q [D] -> o [D]; scores has room for the length rounded up to KB; `next` comes after it */
-static void attend(const float *q, const Head *head, const Head *next, int D, float *scores, float *o) {
-  const int length = head->length, blocks = (length + KB - 1) / KB;
-  score(q, head, next, blocks, D, scores);
-  for (int t = length; t < blocks * KB; t++) scores[t] = -INFINITY;
-  vkb high = *(vkb *)scores, total = {0};
-  for (int b = 1; b < blocks; b++) {
-    const vkb s = *(vkb *)(scores + b * KB);
-    const ikb more = s > high;
-    high = (vkb)((more & (ikb)s) | (~more & (ikb)high));
-  }
-  float top = high[0], sum = 0;
-  for (int i = 1; i < KB; i++) top = high[i] > top ? high[i] : top;
-  for (int b = 0; b < blocks; b++) {
-    const vkb e = exp_block(*(vkb *)(scores + b * KB) - top);
-    total += e;
-    *(vkb *)(scores + b * KB) = e;
-  }
-  for (int i = 0; i < KB; i++) sum += total[i];
-  blend(scores, head, D, o);
-  const float inverse = 1.0f / sum;
-  for (int d = 0; d < D; d++) o[d] *= inverse;
-}
-
 typedef struct { /* activations of a group of M tokens */
   float *x, *y, *z, *wide, *raw, *post, *comb, *scores, *near;
   int32_t *slot, *place;
@@ -257,12 +149,6 @@ static int coefficient_count(const Shape *s) {
   int residual = 1;
   for (int i = 2; i <= s->streams; i++) residual *= i;
   return 2 * s->streams + (s->sinkhorn ? s->streams * s->streams : residual);
-}
-
-static void *carve(char **at, int64_t bytes) {
-  void *p = *at;
-  *at += (bytes + 63) / 64 * 64;
-  return p;
 }
 
 static int scratch_new(Scratch *w, const Shape *s, int M, int64_t capacity) {
@@ -293,7 +179,6 @@ static int scratch_new(Scratch *w, const Shape *s, int M, int64_t capacity) {
 static void attention(const Model *model, const Layer *layer, Cache *cache, int index, Scratch *w, int M) {
   const Shape *s = &model->s;
   const int C = s->channels, H = s->heads, D = C / H;
-  const int64_t S = cache->capacity, head = S * D;
   matmul(w->y, C, M, layer->qkv, 3 * C, C, w->wide, 3 * C);
   for (int m = 0; m < M; m++) {
     float *row = w->wide + (int64_t)m * 3 * C;
@@ -305,18 +190,14 @@ static void attention(const Model *model, const Layer *layer, Cache *cache, int 
       rotate(q, table, D / 2);
       rotate(k, table, D / 2);
       for (int d = 0; d < D; d++) q[d] *= layer->gain[h];
-      const int64_t base = (((int64_t)index * cache->slots + w->slot[m]) * H + h) * head;
-      const int at = w->place[m];
-      float *block = cache->keys + base + (int64_t)(at / KB) * D * KB + at % KB;
-      for (int d = 0; d < D; d++) block[d * KB] = k[d];
-      memcpy(cache->values + base + (int64_t)at * D, v, sizeof(float) * D);
+      keep(cache, where(cache, index, w->slot[m], h, H, D), w->place[m], D, k, v);
     }
   }
   for (int i = 0; i < M * H; i++) {
     Head both[2]; /* this head and the next one */
     for (int j = 0; j < 2; j++) {
       const int at = i + j < M * H ? i + j : i, m = at / H;
-      const int64_t base = (((int64_t)index * cache->slots + w->slot[m]) * H + at % H) * head;
+      const int64_t base = where(cache, index, w->slot[m], at % H, H, D);
       both[j] = (Head){cache->keys + base, cache->values + base, w->place[m] + 1};
     }
     const int64_t m = i / H, h = i % H;

@@ -4,6 +4,8 @@
    vector. Every output has one accumulator and k ascends, whatever else is computed: a row's result does not depend on
    its company. */
 
+#ifndef GN_MATRIX
+#define GN_MATRIX
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -102,3 +104,4 @@ static inline vkb exp_block(vkb x) {
   p = p * r * r + r + 1.0f;
   return (vkb)(~low & (ikb)(p * (vkb)((whole + 127) << 23)));
 }
+#endif
