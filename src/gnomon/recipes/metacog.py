@@ -51,7 +51,7 @@ class MetacogRunConfig(Config):
     max_batch: int = Field(default=64, ge=1)
     with_sweep: bool = True
     plan_tolerance: float = Field(
-        default=0.003, ge=0, lt=1, description="accuracy that the choice of plans may give up for cheaper ones"
+        default=0.004, ge=0, lt=1, description="accuracy that the choice of plans may give up for cheaper ones"
     )
     clip_tolerance: float = Field(default=0.001, ge=0, lt=1, description="accuracy that the budget clip may give up")
     labels: str | None = Field(default=None, description="a folder of labels from an earlier run with this base")
