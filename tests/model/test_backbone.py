@@ -152,3 +152,18 @@ def test_a_pass_is_padded_and_masked_row_by_row() -> None:
 
 def test_row_buckets() -> None:
     assert [row_bucket(n) for n in (1, 4, 5, 7, 9, 33, 256, 300)] == [1, 4, 6, 8, 12, 48, 256, 300]
+
+
+def test_resized_keeps_everything_and_never_shrinks(net: Backbone) -> None:
+    """More slots or more room, also where a cache was made with more slots than were asked for."""
+    cache = net.new_cache(5, 24)
+    rows = [tuple(draw(n, "resized")) for n in (9, 3, 17)]
+    net.extend(cache, rows, logits="none")
+    wanted = net.extend(cache, [(1,), (2,), (3,)]).logits
+    again = net.new_cache(5, 24)
+    net.extend(again, rows, logits="none")
+    larger = again.resized(6, 40)
+    assert larger.capacity >= 40 and len(larger.lengths) >= 6 and larger.lengths[:3].tolist() == [9, 3, 17]
+    got = net.extend(larger, [(1,), (2,), (3,)]).logits
+    assert wanted is not None and got is not None and torch.allclose(got, wanted, atol=1e-4)
+    assert len(larger.resized(2, 8).lengths) >= 6 and larger.resized(2, 8).capacity >= 40

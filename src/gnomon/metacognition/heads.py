@@ -111,7 +111,9 @@ class MetacogHeads(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash of configuration and weights; a calibration card is bound to it."""
-        digest = hashlib.sha256(self.config.model_dump_json().encode())
+        # A field that older layers lack does not enter, so that their cards still belong to them.
+        absent = set() if self.config.values else {"values"}
+        digest = hashlib.sha256(self.config.model_dump_json(exclude=absent).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -91,7 +91,7 @@ class NativeSlots:
 
     def resized(self, slots: int, capacity: int) -> NativeSlots:
         layers, old, heads, _, size = self.values.shape
-        new = NativeSlots(layers, slots, heads, capacity, size)
+        new = NativeSlots(layers, max(slots, old), heads, max(capacity, self.capacity), size)
         n = int(self.held.max())
         blocks = -(-n // KEY_BLOCK)
         new.keys[:, :old, :, :blocks] = self.keys[:, self.place, :, :blocks]

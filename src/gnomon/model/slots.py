@@ -71,7 +71,7 @@ class TensorSlots:
 
     def resized(self, slots: int, capacity: int) -> TensorSlots:
         _, held, heads, _, size = self.store[0].shape
-        new = TensorSlots(len(self.store), slots, heads, capacity, size, self.store[0])
+        new = TensorSlots(len(self.store), max(slots, held), heads, max(capacity, self.capacity), size, self.store[0])
         n = int(self.lengths.max())
         for old, store in zip(self.store, new.store, strict=True):
             store[:, :held, :, :n] = old[:, :, :, :n]

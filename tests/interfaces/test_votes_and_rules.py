@@ -1,0 +1,41 @@
+"""Votes, soft rules and running estimates from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tests.interfaces.test_cli import call
+
+
+def test_votes_answer_with_a_count_of_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "ask", "Compute 3 + 4.", "--votes", "3", "--json")
+    body = json.loads(out)
+    assert code == 0 and body["answer"] == "7" and body["votes"] == 3 and sum(body["counts"].values()) >= 3
+    assert body["think_tokens_all"] >= body["budget"]["used"]
+    code, _, err = call(capsys, "ask", "hi", "--votes", "0")
+    assert code != 0 and "paths must be a whole number" in err
+
+
+def test_evaluate_measures_votes_beside_a_single_path(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("evaluate", "--tasks", "chain,sort", "--n", "10", "--levels", "1", "--votes", "3")
+    code, out, _ = call(capsys, *words, "--json")
+    body = json.loads(out)
+    assert code == 0 and body["n"] == 10 and body["votes"] == 3 and set(body["by_task"]) == {"chain", "sort"}
+    assert body["accuracy_ci"][0] <= body["accuracy"] <= body["accuracy_ci"][1] and body["accuracy"] > 0.5
+    code, out, _ = call(capsys, *words)
+    assert code == 0 and "majority of 3 paths" in out
+    code, _, err = call(capsys, *words, "--temperature", "0")
+    assert code != 0 and "a temperature above 0" in err
+
+
+def test_rules_change_the_stops_and_bad_ones_teach(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("evaluate", "--tasks", "chain", "--n", "10", "--levels", "4", "--plan", "steps", "--budget", "none")
+    words = (*words, "--json")
+    code, out, _ = call(capsys, *words, "--rules", "cut:tokens=3")
+    body = json.loads(out)
+    assert code == 0 and set(body["stop"]) == {"slack"} and body["think_tokens_mean"] == 3
+    assert body["blocks"]["truncated"] == 10
+    for text, told in (("slak", "did you mean 'slack'"), ("cut", "needs tokens"), ("slack:share", "name:key=value")):
+        code, _, err = call(capsys, *words, "--rules", text)
+        assert code != 0 and told in err, text
