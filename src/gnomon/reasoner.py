@@ -17,6 +17,7 @@ from gnomon.base.seeds import derive
 from gnomon.data.codec import Codec, OwnCodec
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
 from gnomon.decoding.engine import Engine
+from gnomon.decoding.scope import Ledger
 from gnomon.decoding.search import Vote, self_consistency
 from gnomon.decoding.slack import Rules
 from gnomon.metacognition import store
@@ -135,8 +136,12 @@ class Reasoner:
         temperature: float = 0.0,
         seed: str = "ask",
         max_answer_tokens: int | None = None,
+        ledger: Ledger | None = None,
     ) -> Answer:
-        """Answer one question. Without a metacognitive layer "predicted" means steps and no cap."""
+        """Answer one question. Without a metacognitive layer "predicted" means steps and no cap.
+
+        ledger: what the budget covers beyond this question (a session, a tool loop); it is charged.
+        """
         if self.decider is None:
             plan = "steps" if plan == "predicted" else plan
             budget = None if budget == "predicted" else budget
@@ -149,7 +154,11 @@ class Reasoner:
             seed=derive(seed),
             max_answer_tokens=max_answer_tokens,
         )
-        return self.read(self.engine(1).run([request])[0])
+        request = request if ledger is None else ledger.open(request)
+        trace = self.engine(1).run([request])[0]
+        if ledger is not None:
+            ledger.charge(trace)
+        return self.read(trace)
 
     def vote(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -39,3 +40,14 @@ def test_rules_change_the_stops_and_bad_ones_teach(capsys: pytest.CaptureFixture
     for text, told in (("slak", "did you mean 'slack'"), ("cut", "needs tokens"), ("slack:share", "name:key=value")):
         code, _, err = call(capsys, *words, "--rules", text)
         assert code != 0 and told in err, text
+
+
+def test_chat_keeps_one_budget_for_a_session(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = "Compute 34 + 27 - 15."
+    lines = ("/plan steps", "/budget 12", ask, "/scope session", ask, ask, "/scope chat", "")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    code, _, err = call(capsys, "chat")
+    used = [line.split()[1] for line in err.splitlines() if line.strip().startswith("thought ")]
+    assert code == 0 and used == ["12", "12", "0"] and "unknown scope 'chat'" in err

@@ -8,6 +8,7 @@ from typing import Any
 
 from gnomon.base.errors import GnomonError, unknown
 from gnomon.base.seeds import derive
+from gnomon.decoding.scope import Ledger
 from gnomon.interfaces import console, options
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.procedural import REGISTRY, draw
@@ -16,10 +17,11 @@ HELP = """\
 /examples            questions that this model knows how to answer
 /budget N|auto|none  think tokens at most
 /plan NAME|auto      direct, steps, verify, decompose
+/scope turn|session  a budget for every question, or one for all of them (starts anew)
 /show on|off         show the thoughts
 /quit                leave
 A program of several lines is typed on one, with \\n between them."""
-COMMANDS = ("/help", "/examples", "/budget", "/plan", "/show", "/quit")
+COMMANDS = ("/help", "/examples", "/budget", "/plan", "/scope", "/show", "/quit")
 
 
 def summary(facts: Mapping[str, Any], known: bool = True, own: bool = False) -> str:
@@ -57,6 +59,7 @@ class Chat:
     ):
         self.reasoner, self.plan, self.budget, self.show = reasoner, plan, budget, show
         self.asked = 0
+        self.ledger = Ledger()
 
     def run(self) -> None:
         """Read lines until /quit or the end of the input."""
@@ -89,7 +92,8 @@ class Chat:
             return self.command(text)
         plan = self.plan
         self.asked += 1
-        answer = self.reasoner.ask(text, plan=plan, budget=self.budget, seed=f"chat/{derive(text)}/{self.asked}")
+        seed = f"chat/{derive(text)}/{self.asked}"
+        answer = self.reasoner.ask(text, plan=plan, budget=self.budget, seed=seed, ledger=self.ledger)
         if self.show and answer.think:
             console.say(answer.think)
         print(answer.answer or "(no answer)", flush=True)
@@ -113,6 +117,11 @@ class Chat:
         elif name == "/plan":
             self.plan = options.check_plan(rest or "auto")
             console.say(f"plan: {self.plan}")
+        elif name == "/scope":
+            if rest not in ("turn", "session"):
+                raise unknown("scope", rest, ("turn", "session"))
+            self.ledger = Ledger("turn" if rest == "turn" else "session")
+            console.say(f"the budget covers {'every question' if rest == 'turn' else 'all questions from here on'}")
         elif name == "/show":
             self.show = rest != "off"
             console.say(f"thoughts {'shown' if self.show else 'hidden'}")
