@@ -142,10 +142,20 @@ class Reasoner:
 
         ledger: what the budget covers beyond this question (a session, a tool loop); it is charged.
         """
+        request = self._question(text, plan, budget, temperature, seed, max_answer_tokens)
+        request = request if ledger is None else ledger.open(request)
+        trace = self.engine(1).run([request])[0]
+        if ledger is not None:
+            ledger.charge(trace)
+        return self.read(trace)
+
+    def _question(
+        self, text: str, plan: str, budget: Budget, temperature: float, seed: str, max_answer_tokens: int | None
+    ) -> Request:
         if self.decider is None:
             plan = "steps" if plan == "predicted" else plan
             budget = None if budget == "predicted" else budget
-        request = self.request(
+        return self.request(
             "ask",
             text,
             plan=plan,
@@ -154,11 +164,6 @@ class Reasoner:
             seed=derive(seed),
             max_answer_tokens=max_answer_tokens,
         )
-        request = request if ledger is None else ledger.open(request)
-        trace = self.engine(1).run([request])[0]
-        if ledger is not None:
-            ledger.charge(trace)
-        return self.read(trace)
 
     def vote(
         self,
@@ -171,18 +176,7 @@ class Reasoner:
         max_answer_tokens: int | None = None,
     ) -> Vote:
         """The majority answer of several sampled paths, with more paths under `verify` where they disagree."""
-        if self.decider is None:
-            plan = "steps" if plan == "predicted" else plan
-            budget = None if budget == "predicted" else budget
-        request = self.request(
-            "ask",
-            text,
-            plan=plan,
-            budget=budget,
-            temperature=temperature,
-            seed=derive(seed),
-            max_answer_tokens=max_answer_tokens,
-        )
+        request = self._question(text, plan, budget, temperature, seed, max_answer_tokens)
         reflect = "verify" if "verify" in self.codec.strategies else None
         return self_consistency(
             self.engine(), request, votes, read=lambda t: self.codec.decode(t.answer_ids), reflect=reflect

@@ -1,4 +1,4 @@
-"""The Llama family on a CPU: a lean forward pass over the weights of a Hugging Face model, float32 or int8.
+"""The Llama family on a CPU without a C compiler: a lean forward pass in torch over a Hugging Face model's weights.
 
 A step of a small model is mostly reading weights; what is left of the time goes to calling operations, so that their
 number is kept small: fused projections, no transformers code, one attention call without repeated keys and values.
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from gnomon.base.errors import ModelError, unknown
 from gnomon.model.backbone import BackboneOutput, Logits, Tokens, fitting_rows, picked, row_bucket
-from gnomon.model.int8 import Int8Product
 from gnomon.model.slots import Pass, SlotCache, TensorSlots, start_pass
 
 WEIGHTS: Final = ("float", "int8")
@@ -51,18 +50,14 @@ class _Step:
 class LlamaBackbone:
     """Same results as `HFBackbone` on the same model. `module` stays the Hugging Face model, untouched.
 
-    Products run on copies of the weights in the order of memory that suits them, float32 or int8 (see `int8.py`): build
-    a new one after training steps. Raises ModelError where `unsupported` names a reason.
+    Products run on copies of the weights in the order of memory that suits them: build a new one after training steps.
+    Raises ModelError where `unsupported` names a reason.
     """
 
-    def __init__(self, model: Any, weights: str = "float"):
+    def __init__(self, model: Any):
         if reason := unsupported(model):
             raise ModelError(f"the lean Llama pass cannot run this model: {reason}; use HFBackbone")
-        check_weights(weights)
-        if weights == "int8" and not torch.backends.mkldnn.is_available():
-            raise ModelError("int8 products need oneDNN, which this build of torch lacks; leave weights='float'")
         self.module = model.eval()
-        self.weights = weights
         config, base = model.config, model.model
         self.n_layers, self.hidden_size = config.num_hidden_layers, config.hidden_size
         self.vocab_size, self.context = config.vocab_size, config.max_position_embeddings
@@ -167,7 +162,7 @@ class LlamaBackbone:
         """The outputs of all `parts`, one behind the other, as one product."""
         weight = torch.cat([p.weight for p in parts])
         bias = None if parts[0].bias is None else torch.cat([p.bias for p in parts])
-        return Int8Product(weight, bias) if self.weights == "int8" else _float_product(weight, bias)
+        return _float_product(weight, bias)
 
 
 def check_weights(weights: str) -> None:

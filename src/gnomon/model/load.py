@@ -11,6 +11,7 @@ from gnomon.base.errors import CheckpointError, ModelError
 from gnomon.model.foreign import HFBackbone
 from gnomon.model.gguf import SMOLLM2, convert_gguf, smollm2_folder
 from gnomon.model.llama import LlamaBackbone, check_weights, unsupported
+from gnomon.model.llama_native import NativeLlama, library
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,11 +65,12 @@ def load_backbone(
     device: str = "cpu",
     weights: str = "float",
     cache: str | Path | None = None,
-) -> HFBackbone | LlamaBackbone:
+) -> HFBackbone | LlamaBackbone | NativeLlama:
     """Any local Hugging Face causal LM behind the backbone protocol; `base` as in `resolve_base`.
 
-    The Llama family in float32 on a CPU runs through its lean pass, everything else through the model's own code.
-    dtype: a torch type's name. weights: "int8" multiplies by int8 copies of the weights, where the lean pass runs.
+    The Llama family in float32 on a CPU runs through its compiled pass (a lean one in torch where there is no compiler),
+    everything else through the model's own code.
+    dtype: a torch type's name. weights: "int8" multiplies by int8 copies of the weights, where the compiled pass runs.
     Raises ModelError for a folder that is missing, half there, damaged, of an architecture that transformers does not
     know, whose weights do not fill the model, or that cannot be decoded in slots.
     """
@@ -102,12 +104,13 @@ def load_backbone(
                 f"({', '.join(bad[:3])}); copy the folder again"
             )
     model = model.to(device)
-    obstacle = unsupported(model)
-    if obstacle is None:
-        return LlamaBackbone(model, weights)
+    obstacle, compiled = unsupported(model), library() is not None
+    if obstacle is None and compiled:
+        return NativeLlama(model, weights)
     if weights != "float":
-        raise ModelError(f'{str(folder)!r} cannot run with weights="int8": {obstacle}; leave weights="float"')
-    return HFBackbone(model)
+        reason = obstacle or "int8 products need a C compiler (gcc, cc or clang), and there is none here"
+        raise ModelError(f'{str(folder)!r} cannot run with weights="int8": {reason}; leave weights="float"')
+    return LlamaBackbone(model) if obstacle is None else HFBackbone(model)
 
 
 def _json(path: Path) -> dict[str, Any]:
