@@ -9,10 +9,11 @@ from tests.model.nets import CONTEXT, VOCAB, alone, decoder, draw, gap, hf_model
 from gnomon.model.backbone import Backbone, OwnBackbone, row_bucket
 from gnomon.model.foreign import HFBackbone
 from gnomon.model.llama import LlamaBackbone
+from gnomon.model.llama_native import NativeLlama
 from gnomon.model.native import NativeBackbone, library
 from gnomon.model.slots import TensorSlots, start_pass
 
-KINDS = ("own", "own plain", "native", "native plain", "hf", "lean")
+KINDS = ("own", "own plain", "native", "native plain", "hf", "lean", "native llama")
 
 
 def backbone(kind: str) -> Backbone:
@@ -20,6 +21,8 @@ def backbone(kind: str) -> Backbone:
         return (HFBackbone if kind == "hf" else LlamaBackbone)(hf_model("llama"))
     if kind.startswith("native") and library() is None:
         pytest.skip("no C compiler here, or GNOMON_NATIVE=0")
+    if kind == "native llama":
+        return NativeLlama(hf_model("llama"))
     model = decoder(1 if kind.endswith("plain") else 4)
     return NativeBackbone(model) if kind.startswith("native") else OwnBackbone(model)
 
@@ -127,7 +130,7 @@ def test_taps_are_the_states_after_every_block(net: Backbone) -> None:
         if isinstance(net, OwnBackbone):
             states = net.module(torch.tensor([ids]), want_states=True).states
         else:
-            assert isinstance(net, (HFBackbone, LlamaBackbone))
+            assert isinstance(net, (HFBackbone, LlamaBackbone, NativeLlama))
             states = net.module(torch.tensor([ids]), output_hidden_states=True).hidden_states[1:]
     assert len(states) == net.n_layers and taps is not None
     for k, state in enumerate(states):

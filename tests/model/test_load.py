@@ -20,6 +20,7 @@ from gnomon.base.errors import ModelError, UnknownNameError
 from gnomon.model import gguf
 from gnomon.model.foreign import HFBackbone
 from gnomon.model.llama import LlamaBackbone
+from gnomon.model.llama_native import NativeLlama, library
 from gnomon.model.load import check_folder, load_backbone, resolve_base
 from gnomon.reasoner import fingerprint
 
@@ -49,10 +50,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_round_trip_is_offline_and_in_the_lean_pass(folder: Path) -> None:
+def test_round_trip_is_offline_and_in_the_fast_pass(folder: Path) -> None:
     ids = (3, 1, 4, 1, 5)
     backbone = load_backbone(folder)
-    assert isinstance(backbone, LlamaBackbone)
+    assert isinstance(backbone, LlamaBackbone if library() is None else NativeLlama)
     out = backbone.extend(backbone.new_cache(1, 8), [ids], logits="all", taps=True)
     with torch.inference_mode():
         expected = llama().eval()(torch.tensor([ids])).logits[0]
@@ -73,12 +74,20 @@ def test_other_models_and_precisions_run_in_their_own_code(folder: Path, tmp_pat
         load_backbone(tmp_path / "gpt2", weights="int8")
 
 
+@pytest.mark.skipif(library() is None, reason="no C compiler here, or GNOMON_NATIVE=0")
 def test_int8_is_chosen_explicitly(folder: Path) -> None:
     small, plain = load_backbone(folder, weights="int8"), load_backbone(folder)
-    assert isinstance(small, LlamaBackbone) and small.weights == "int8"
+    assert isinstance(small, NativeLlama) and small.weights == "int8"
     assert fingerprint(small) == fingerprint(plain)
     with pytest.raises(UnknownNameError, match="int8"):
         load_backbone(folder, weights="int4")
+
+
+def test_without_a_compiler_torch_serves_floats(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gnomon.model.load.library", lambda: None)
+    assert isinstance(load_backbone(folder), LlamaBackbone)
+    with pytest.raises(ModelError, match='weights="int8".*C compiler'):
+        load_backbone(folder, weights="int8")
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:

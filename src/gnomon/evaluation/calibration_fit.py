@@ -190,7 +190,7 @@ def fit_domain(
     groups: Sequence[str],
     layer: int = 0,
     quantile: float = 0.99,
-    shrink: float = 0.1,
+    shrink: float = 0.01,
     seed: int = 0,
 ) -> Domain:
     """Centres per group, one shared shrunk covariance; the threshold from distances measured across two folds.

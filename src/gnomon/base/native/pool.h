@@ -30,7 +30,7 @@ static struct {
   pthread_cond_t wake;
   pid_t owner; /* threads do not survive a fork */
   int helpers;
-  Chunk chunk; /* of the job whose chunks are in `ticket`: may be read by who holds a chunk, which keeps the job alive */
+  Chunk chunk; /* of the job whose chunks are in `ticket`; who holds a chunk may read it, and keeps the job alive */
   void *job;
   _Alignas(64) _Atomic uint64_t ticket; /* next chunk << 32 | chunks of the job */
   _Alignas(64) atomic_int done;         /* chunks of the job that are finished */
