@@ -68,8 +68,8 @@ def load_backbone(
 ) -> HFBackbone | LlamaBackbone | NativeLlama:
     """Any local Hugging Face causal LM behind the backbone protocol; `base` as in `resolve_base`.
 
-    The Llama family in float32 on a CPU runs through its compiled pass (a lean one in torch where there is no compiler),
-    everything else through the model's own code.
+    The Llama family in float32 on a CPU runs through its compiled pass, or a lean one in torch where there is no
+    compiler, everything else through the model's own code.
     dtype: a torch type's name. weights: "int8" multiplies by int8 copies of the weights, where the compiled pass runs.
     Raises ModelError for a folder that is missing, half there, damaged, of an architecture that transformers does not
     know, whose weights do not fill the model, or that cannot be decoded in slots.

@@ -94,7 +94,7 @@ static inline vkb exp_block(vkb x) {
   const vkb lo = (vkb){0} - 87.0f;
   const ikb low = x < lo;
   x = (vkb)((low & (ikb)lo) | (~low & (ikb)x));
-  const ikb whole = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ikb); /* nearest: x <= 0, and it truncates */
+  const ikb whole = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ikb); /* nearest, for x <= 0 */
   const vkb n = __builtin_convertvector(whole, vkb);
   const vkb r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vkb p = r * 1.3981999507e-3f + 8.3334519073e-3f;
