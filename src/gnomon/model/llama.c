@@ -83,18 +83,26 @@ static void norm(Pass *p, const float *source, const float *gain) {
 
 static int tiles(const Matrix *w) { return (w->outputs + TILE - 1) / TILE; }
 
-/* to [M, TILE]: outputs t * TILE ... of all tokens; x [M, inputs], or the same as int8. Returns how many there are. */
-static int tile(const Pass *p, const Matrix *w, int t, const float *x, const Rounded *rounded, float *to) {
+/* where the weights of a tile begin */
+static const char *tile_at(const Pass *p, const Matrix *w, int t) {
+  const int64_t bytes = p->model->s.int8 ? gn_int8_size(TILE, w->inputs) : (int64_t)sizeof(float) * TILE * w->inputs;
+  return (const char *)w->weights + t * bytes;
+}
+
+/* to [M, TILE]: outputs t * TILE ... of all tokens; x [M, inputs], or the same as int8. `ahead`: the weights that this
+   thread will probably need next, fetched meanwhile. Returns how many outputs there are. */
+static int tile(const Pass *p, const Matrix *w, int t, const float *x, const Rounded *rounded, float *to,
+                const char *ahead) {
   const int at = t * TILE, width = w->outputs - at < TILE ? w->outputs - at : TILE;
-  if (p->model->s.int8) {
-    const uint8_t *panel = (const uint8_t *)w->weights + t * gn_int8_size(TILE, w->inputs);
-    int8_panel(rounded, p->M, panel, blocks_of(w->inputs), to);
-  } else
-    for (int half = 0; half < width; half += UNIT) {
-      const float *weights = (const float *)w->weights + (int64_t)(at + half) * w->inputs;
-      const int some = width - half < UNIT ? width - half : UNIT;
-      dense_unit(x, w->inputs, p->M, weights, some, w->inputs, to + half, TILE);
-    }
+  const char *weights = tile_at(p, w, t), *second = weights + sizeof(float) * UNIT * w->inputs;
+  if (p->model->s.int8)
+    int8_panel(rounded, p->M, (const uint8_t *)weights, blocks_of(w->inputs), to, (const uint8_t *)ahead);
+  else if (width <= UNIT)
+    dense_unit(x, w->inputs, p->M, (const float *)weights, width, w->inputs, to, TILE, ahead);
+  else {
+    dense_unit(x, w->inputs, p->M, (const float *)weights, UNIT, w->inputs, to, TILE, second);
+    dense_unit(x, w->inputs, p->M, (const float *)second, width - UNIT, w->inputs, to + UNIT, TILE, ahead);
+  }
   if (w->bias)
     for (int m = 0; m < p->M; m++)
       for (int i = 0; i < width; i++) to[m * TILE + i] += w->bias[at + i];
@@ -109,7 +117,7 @@ static void qkv_tile(void *all, int c) {
   int at = 0;
   if (c >= tiles(w)) c -= tiles(w), at += w->outputs, w = &l->k;
   if (w == &l->k && c >= tiles(w)) c -= tiles(w), at += w->outputs, w = &l->v;
-  const int width = tile(p, w, c, p->y, &p->narrow, room);
+  const int width = tile(p, w, c, p->y, &p->narrow, room, tile_at(p, w, c + p->threads));
   const int64_t all_outputs = l->q.outputs + l->k.outputs + l->v.outputs;
   for (int m = 0; m < p->M; m++)
     memcpy(p->qkv + m * all_outputs + at + c * TILE, room + m * TILE, width * sizeof(float));
@@ -117,7 +125,7 @@ static void qkv_tile(void *all, int c) {
 
 static void add_tile(Pass *p, const Matrix *w, int c, const float *x) {
   float room[GROUP * TILE];
-  const int width = tile(p, w, c, x, &p->inner, room), C = p->model->s.channels;
+  const int C = p->model->s.channels, width = tile(p, w, c, x, &p->inner, room, tile_at(p, w, c + p->threads));
   for (int m = 0; m < p->M; m++)
     for (int i = 0; i < width; i++) p->x[(int64_t)m * C + c * TILE + i] += room[m * TILE + i];
 }
@@ -143,8 +151,9 @@ static inline void gated(float *gate, const float *up) {
 static void gate_tile(void *all, int c) {
   Pass *p = all;
   float room[2][GROUP * TILE];
-  const int width = tile(p, &p->layer->gate, c, p->y, &p->narrow, room[0]);
-  tile(p, &p->layer->up, c, p->y, &p->narrow, room[1]);
+  const Matrix *up = &p->layer->up;
+  const int width = tile(p, &p->layer->gate, c, p->y, &p->narrow, room[0], tile_at(p, up, c));
+  tile(p, up, c, p->y, &p->narrow, room[1], tile_at(p, &p->layer->gate, c + p->threads));
   const int F = p->layer->gate.outputs, blocks = blocks_of(F);
   for (int m = 0; m < p->M; m++) {
     float *gate = room[0] + m * TILE;
@@ -162,7 +171,7 @@ static void head_tile(void *all, int c) {
   Pass *p = all;
   float room[GROUP * TILE];
   const Matrix *w = &p->model->head;
-  const int width = tile(p, w, c, p->y, &p->narrow, room);
+  const int width = tile(p, w, c, p->y, &p->narrow, room, tile_at(p, w, c + p->threads));
   for (int m = 0; m < p->M; m++)
     memcpy(p->logits + (int64_t)m * w->outputs + c * TILE, room + m * TILE, width * sizeof(float));
 }

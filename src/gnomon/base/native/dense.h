@@ -89,12 +89,12 @@ DOTS(4, 2)
     }
 
 /* y [M, UNIT of ldy]: `width` outputs of every row of x [M, inputs] (columns behind them are garbage), from the rows of
-   the matrix that begin at `weights`; what lies behind these is fetched for the next unit */
+   the matrix that begin at `weights`; the unit that begins at `next` is fetched meanwhile */
 static void dense_unit(const float *x, int64_t ldx, int M, const float *weights, int width, int inputs, float *y,
-                       int64_t ldy) {
+                       int64_t ldy, const void *next) {
   const float *w[UNIT];
   for (int o = 0; o < UNIT; o++) w[o] = weights + (int64_t)(o < width ? o : width - 1) * inputs;
-  const char *ahead = (const char *)(weights + (int64_t)UNIT * inputs);
+  const char *ahead = next;
   for (int m = 0; m < M;) {
     const int end = m + ROWS < M ? m + ROWS : M, once = SUMS * SUMS / UNIT / end;
     const int lines = m ? 0 : once ? once : 1; /* the first rows' steps fetch all of it */

@@ -38,10 +38,12 @@ static float try_steps(const float *from, float scale, float low, uint8_t *to) {
   const float inverse = scale != 0 ? 1.0f / scale : 0.0f;
   float error = 0;
   for (int i = 0; i < BLOCK; i++) {
-    const float steps = fminf(fmaxf(rintf((from[i] - low) * inverse), 0.0f), 255.0f);
+    float steps = rintf((from[i] - low) * inverse);
+    steps = steps > 0.0f ? steps : 0.0f;
+    steps = steps < 255.0f ? steps : 255.0f;
     const float off = from[i] - (low + steps * scale);
     error += off * off;
-    to[i] = (uint8_t)steps;
+    to[i] = (uint8_t)(int32_t)steps;
   }
   return error;
 }
@@ -50,7 +52,10 @@ static float try_steps(const float *from, float scale, float low, uint8_t *to) {
    one. Blocks that come from a file of 4 or 8 bits lose nothing. */
 static void pack_block(const float *from, float *scale, float *low, uint8_t *to) {
   float least = from[0], most = from[0];
-  for (int i = 1; i < BLOCK; i++) least = fminf(least, from[i]), most = fmaxf(most, from[i]);
+  for (int i = 1; i < BLOCK; i++) {
+    least = from[i] < least ? from[i] : least;
+    most = from[i] > most ? from[i] : most;
+  }
   const float top = most > -least ? most : least, even = fabsf(top) / 127.0f, full = top / -128.0f;
   const float scales[3] = {(most - least) / 255.0f, even, full}, lows[3] = {least, -128.0f * even, -128.0f * full};
   float error = INFINITY;
@@ -191,9 +196,8 @@ static void int8_1(const Rounded *x, int64_t row, const uint8_t *panel, int bloc
 }
 #endif
 
-/* y [M, LANES]: the outputs of one panel for rows of activations; what lies behind the panel is fetched meanwhile */
-static void int8_panel(const Rounded *x, int M, const uint8_t *panel, int blocks, float *y) {
-  const uint8_t *ahead = panel + (int64_t)blocks * BLOCK_BYTES;
+/* y [M, LANES]: the outputs of one panel for rows of activations; the panel at `ahead` is fetched meanwhile */
+static void int8_panel(const Rounded *x, int M, const uint8_t *panel, int blocks, float *y, const uint8_t *ahead) {
   const int most = BLOCK_BYTES / 64; /* lines of a block: the first rows fetch as much as they read */
   int m = 0;
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
