@@ -66,9 +66,16 @@ def from_scratch(root: Path, say: Callable[[str], object], config: PretrainRunCo
     )
 
 
-def run(config: MetacogRunConfig, root: Path, say: Callable[[str], object]) -> Demo:
-    """Rollouts, heads, calibration, sweep, report. The trained layer lies in <run>/model."""
+def run(
+    config: MetacogRunConfig, root: Path, say: Callable[[str], object], on_open: Callable[[Path], object] | None = None
+) -> Demo:
+    """Rollouts, heads, calibration, sweep, report. The trained layer lies in <run>/model.
+
+    on_open: called with the run folder before anything slow.
+    """
     run_folder: Run = create_run("demo", config, root=root, seed=config.seed)
+    if on_open is not None:
+        on_open(run_folder.folder)
     with run_folder:
         say(f"run folder: {run_folder.folder}")
         outcome = run_metacog(config, run_folder)

@@ -58,8 +58,8 @@ class MetacogRunConfig(Config):
     heads: HeadsConfig = HeadsConfig()
 
 
-# A real pretrained base on a CPU: two strategies, short thoughts, greedy and one sampled rollout; its wide states make a
-# step of the heads dear, and a few hundred problems are soon learned.
+# A real pretrained base on a CPU: two strategies, short thoughts, greedy and one sampled rollout. Its wide states make
+# a step of the heads dear, and a few hundred problems are soon learned.
 FOREIGN_SIZES = {
     "label_n": 300, "calibration_n": 100, "val_n": 50, "test_n": 200, "samples": 1, "max_think": 64,
     "heads.steps": 400, "heads.batch": 96,

@@ -36,11 +36,14 @@ def demo(
     from gnomon.recipes import demo as recipe
     from gnomon.recipes.claims import COLUMNS
 
-    console.on_interrupt(f"finished rollouts are kept under {runs}/demo-*/labels; look with: gnomon runs")
+    def opened(folder: Path) -> None:
+        again = f"gnomon train metacog --config {folder / 'resolved.yaml'} --run {folder}"
+        console.on_interrupt(f"finished stages of rollouts are kept; go on with: {again}")
+
     config = recipe.demo_config(quick, model)
     if from_scratch:
         config = recipe.from_scratch(runs, console.say)
-    done = recipe.run(config, runs, console.say)
+    done = recipe.run(config, runs, console.say, opened)
     if json:
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in done.rows]
         console.emit_json({"run": str(done.folder), "report": str(done.page), "claims": rows})
