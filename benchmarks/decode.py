@@ -35,6 +35,7 @@ from gnomon.tasks.procedural import problems
 
 MIXED = (0, 4, 8, 16, 32, 64, 128)
 UNIFORM = 64
+INT8_BYTES = 1280 / 4096  # of a float32 weight: a byte, and a scale and a lowest weight for every block of 32
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def bench_smollm2(n: int, tokens: int, repeats: int) -> dict[str, Any]:
             got["ours_tok_s"], got["peer_tok_s"] = work.useful / got["ours_s"], work.useful / got["peer_s"]
             found[f"{kind}_{name}"] = got
         step = step_seconds(backbone, single.prompts[0], tokens)
-        held = weights if kind == "float32" else weights / 4
+        held = weights if kind == "float32" else weights * INT8_BYTES
         found[f"{kind}_b1_step"] = {"seconds": step, "tok_s": 1 / step, "bandwidth_share": held / step / bandwidth}
     return found
 
