@@ -104,5 +104,5 @@ def test_scopes_draw_on_what_is_left() -> None:
     assert used == {"turn": [12, 12, 12], "tool_loop": [12, 0, 12], "session": [12, 0, 0]}
     with pytest.raises(BudgetError, match="write one of block, turn"):
         replace(ASK, scope="chat")  # type: ignore[arg-type]
-    with pytest.raises(BudgetError, match="token counts"):
+    with pytest.raises(ConfigError, match="spent must be a whole number from 0"):
         replace(ASK, spent=-1)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gnomon.base.errors import DataError
@@ -214,7 +214,9 @@ def test_every_split_of_every_tag_is_held_and_a_tag_cut_at_the_end_is_flushed_as
     st.integers(1, 16),
 )
 def test_tags_of_any_ids_stream_like_the_whole(tags: list[tuple[int, ...]], ids: list[int], size: int) -> None:
-    layout = Layout(tags[0], tags[1], tags[2], tags[3], {"steps": ()}, (9,), 8)
+    end = tags[1]
+    assume(not any(tags[3][i : i + len(end)] == end for i in range(len(tags[3]))))  # refused: it could never be closed
+    layout = Layout(tags[0], end, tags[2], tags[3], {"steps": ()}, (9,), 8)
     make = lambda: token_splitter(layout)  # noqa: E731
     assert joined(chunks(tuple(ids), size, make)) == joined(chunks(tuple(ids), max(1, len(ids)), make))
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gnomon.base.errors import ConfigError, GnomonError
+from gnomon.decoding.budget_config import BudgetConfig
 from gnomon.decoding.room import Room, allot, check_prefix
-from gnomon.decoding.row import AfterChoice, BudgetChoice, Decode, Row, RunningChoice, Sink
+from gnomon.decoding.row import AfterChoice, BudgetChoice, Decode, Row, RunningChoice, Sink, left
 from gnomon.decoding.session import Session
 from gnomon.decoding.slack import Rules
 from gnomon.model.backbone import Backbone
@@ -87,26 +88,38 @@ class Engine:
         self.masks = torch.zeros((2, backbone.vocab_size), device=backbone.device)  # added to logits: think, answer
         for row, inside in enumerate((True, False)):
             self.masks[row, sorted(layout.masked(inside))] = -torch.inf
-        self._running: Session | None = None
+        self._running: set[Session] = set()
+        BudgetConfig(  # tags and transition that contradict each other are refused here, not at the first token
+            think=layout.think, end=layout.end_think, transition=layout.transition, eos=layout.eos,
+            end_also=layout.end_think_also,
+        )  # fmt: skip
 
     def check(self, request: Request) -> Room:
-        """Whether `request` can be kept; raises BudgetError with the numbers, or ConfigError."""
+        """Whether `request` can be kept; raises BudgetError with the numbers, or ConfigError.
+
+        A budget that spans several requests (scope tool_loop, session) may be larger than this one has room for.
+        """
+        for name in ("prompt_ids", "think_prefix"):
+            stray = [i for i in getattr(request, name) if not 0 <= i < self.backbone.vocab_size]
+            if stray:
+                raise ConfigError(f"{name} holds id {stray[0]}, but the vocabulary has {self.backbone.vocab_size} ids")
         predicted = request.plan == "predicted" or request.budget == "predicted"
         if predicted and self.metacog is None:
             raise ConfigError(
-                f"request {request.id!r} asks for a predicted plan or budget, but this model has no trained heads; "
-                "name a plan and a budget (a number or none)"
+                "it asks for a predicted plan or budget, but this model has no trained heads; name a plan and a budget "
+                "(a number or none)"
             )
         if request.plan != "predicted":
             self.layout.plan_ids(request.plan)
-        budget = request.budget if isinstance(request.budget, int) else None
+        asked = left(request)
+        here = asked if request.scope in ("block", "turn") else None
         room = allot(
-            self.backbone.context, len(request.prompt_ids), self.layout.overhead, budget, request.max_answer_tokens
+            self.backbone.context, len(request.prompt_ids), self.layout.overhead, here, request.max_answer_tokens
         )
-        if self.max_think is not None and budget is None:
+        if self.max_think is not None and asked is None:
             room = Room(min(room.limit, self.max_think), room.reserve, room.overhead)
         if request.think_prefix:
-            check_prefix(request.think_prefix, room.limit if budget is None else budget, self.layout)
+            check_prefix(request.think_prefix, room.limit if asked is None else min(asked, room.limit), self.layout)
         return room
 
     def session(
@@ -127,9 +140,9 @@ class Engine:
         )
 
     def cancel(self, request_id: str) -> None:
-        """Stop this request of the present `run` at its next token; its traces say `user`."""
-        if self._running is not None:
-            self._running.cancel(request_id)
+        """Stop this request of every present `run` at its next token; its traces say `user`."""
+        for session in list(self._running):
+            session.cancel(request_id)
 
     def run(
         self,
@@ -167,10 +180,10 @@ class Engine:
             first.setdefault(row.request.prompt_ids, row.order)
         # The longest first, so that no long row is left alone at the end; equal prompts together, they share a pass.
         session.queue(sorted(rows, key=lambda r: (-r.upper, first[r.request.prompt_ids], r.order)))
-        self._running = session
+        self._running.add(session)
         try:
             while session.step():
                 pass
         finally:
-            self._running = None
+            self._running.discard(session)
         return [done[row.order] for row in rows]

@@ -59,7 +59,8 @@ def check_prefix(prefix: tuple[int, ...], most: int, layout: Layout) -> None:
             f"the think prefix has {len(prefix)} tokens, but only {most} may be thought; shorten it or ask for more"
         )
     stray = sorted(set(prefix) & {*layout.masked(True), *layout.eos})
-    rule, state = matcher(layout.end_think, *layout.end_think_also), 0
+    tags = (layout.end_think, *layout.end_think_also, layout.end_answer, *filter(None, (layout.answer,)))
+    rule, state = matcher(*tags), 0
     for token in prefix:
         state = rule.step(state, token)
         if rule.hit[state] is not None:

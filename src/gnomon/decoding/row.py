@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from gnomon.decoding.budget import BudgetState
@@ -49,6 +50,11 @@ class RunningChoice(Protocol):
     def confidence(self) -> float | None: ...
 
 
+def left(request: Request) -> int | None:
+    """What is left of the number that was asked for, None where none was."""
+    return max(0, request.budget - request.spent) if isinstance(request.budget, int) else None
+
+
 class Row:
     """The running record. The engine calls `begin`, then `take` once per step until `finish` is set."""
 
@@ -63,6 +69,7 @@ class Row:
         "answer_start",
         "before",
         "boundaries",
+        "cancelled",
         "effective",
         "finish",
         "ids",
@@ -117,6 +124,7 @@ class Row:
         self.queue: tuple[int, ...] = ()  # ids that the engine forces next, first one first
         self.in_answer = False
         self.finish: Finish | None = None
+        self.cancelled = False  # set from outside; takes effect at the next token
         self.think_start = self.think_end = self.answer_start = self.answer_end = 0
         self.taps: dict[str, Any] = {}
         self.boundaries: list[tuple[int, Any]] = []
@@ -134,19 +142,14 @@ class Row:
     @property
     def upper(self) -> int:
         """Think tokens at most, known before any prediction."""
-        asked = self._asked
+        asked = left(self.request)
         return self.room.limit if asked is None else min(asked, self.room.limit)
-
-    @property
-    def _asked(self) -> int | None:
-        """What is left of the number that was asked for."""
-        budget = self.request.budget
-        return max(0, budget - self.request.spent) if isinstance(budget, int) else None
 
     @property
     def need(self) -> int:
         """Positions at most: prompt, tags, thinking and answer."""
-        return len(self.request.prompt_ids) + self.room.overhead + self.upper + self.max_answer
+        thought = max(self.upper, len(self.request.think_prefix))
+        return len(self.request.prompt_ids) + self.room.overhead + thought + self.max_answer
 
     @property
     def at_prediction(self) -> bool:
@@ -161,7 +164,7 @@ class Row:
 
         A prediction below what was thought before (`think_prefix`) closes the block next, at that number.
         """
-        request, limit, asked = self.request, self.room.limit, self._asked
+        request, limit, asked = self.request, self.room.limit, left(self.request)
         predicted = None
         if before is not None and request.budget is not None and (asked is None or request.use_prediction):
             predicted = max(before.clipped, len(request.think_prefix))
@@ -238,7 +241,9 @@ class Row:
         return len(self.ids) - self.think_start
 
     def abandon(self) -> None:
-        """The user left before the row was begun."""
+        """The user left before the row was begun: nothing is decided, nothing was thought."""
+        self.plan = "" if self.plan == "predicted" else self.plan
+        self.request = replace(self.request, think_prefix=())
         self.begin(None)
         self.cancel()
 
@@ -306,6 +311,8 @@ class Row:
         state = self._answer_state = rule.step(self._answer_state, choice)
         hit = rule.hit[state]
         if hit is None and len(self.ids) + 1 - self.answer_start - rule.depth[state] > self.max_answer:
+            # A begun end tag was let through to be completed; left again, it stays in the answer, as in the stream, so
+            # that an answer may pass its cap by the length of that tag minus one.
             self.finish = "length"
             return
         self._append(choice, logprob, "sampled", "answer")

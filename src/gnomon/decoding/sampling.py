@@ -50,6 +50,7 @@ class Params:
     greedy: Tensor  # [B] bool
     keys: np.ndarray  # [B] uint64
     heat: np.ndarray  # [B] float32 temperature, 0 for greedy rows
+    cut: np.ndarray  # rows that truncate
     all_greedy: bool
     truncates: bool
 
@@ -78,7 +79,8 @@ def params(
 def _params(t: Tensor, k: Tensor, p: Tensor, greedy: Tensor, keys: np.ndarray) -> Params:
     cut = ((k < 2**62) | (p < 1)) & ~greedy
     heat = torch.where(greedy, 0.0, t).cpu().numpy()
-    return Params(t, k, p, greedy, keys, heat, bool(greedy.all()), bool(cut.any()))
+    rows = np.flatnonzero(cut.cpu().numpy())
+    return Params(t, k, p, greedy, keys, heat, rows, bool(greedy.all()), bool(len(rows)))
 
 
 def log_distribution(logits: Tensor, settings: Params) -> Tensor:
@@ -120,9 +122,20 @@ def sample(
 
     masks float32 [M, V] (0 or -inf), phase int32 [B]: which of them is added to each row.
     """
-    lib = native.library(SOURCE) if logits.device.type == "cpu" and not settings.truncates else None
+    lib = native.library(SOURCE) if logits.device.type == "cpu" else None
     if lib is not None:
-        return _native(lib, logits, settings, steps, masks, phase)
+        ids, logprobs = _native(lib, logits, settings, steps, masks, phase)
+        cut = settings.cut.tolist()
+        if cut:  # only these rows: what a row gets may not depend on whether a neighbour truncates
+            where = None if phase is None else phase[cut]
+            ids[cut], logprobs[cut] = _torch(logits[cut], settings.take(cut), steps[cut], masks, where)
+        return ids, logprobs
+    return _torch(logits, settings, steps, masks, phase)
+
+
+def _torch(
+    logits: Tensor, settings: Params, steps: np.ndarray, masks: Tensor | None, phase: np.ndarray | None
+) -> tuple[Tensor, Tensor]:
     if masks is not None:
         logits = logits + masks.index_select(0, torch.as_tensor(phase, dtype=torch.int64).to(logits.device))
     if settings.all_greedy:

@@ -15,6 +15,7 @@ from typing import Literal
 from gnomon.base.errors import ConfigError
 from gnomon.decoding.budget import check_budget
 from gnomon.decoding.engine import Engine
+from gnomon.decoding.row import left
 from gnomon.protocol.trace import Request, Trace
 
 Read = Callable[[Trace], str]
@@ -229,14 +230,20 @@ def _paths(engine: Engine, request: Request, n: int, total: int | None) -> list[
     """The requests of n paths. Under a `total` each gets a hard cap of its own, and the caps add up to it at most."""
     if total is None:
         return [replace(request, n=n)]
-    own, limit = request.budget, engine.check(request).limit
-    most = min(own, limit) if isinstance(own, int) else limit
+    own, limit, asked = request.budget, engine.check(request).limit, left(request)
+    most = limit if asked is None else min(asked, limit)
+    if total // n < len(request.think_prefix):
+        raise ConfigError(
+            f"request {request.id!r}: total {total} gives each of {n} paths {total // n} think tokens, but its think "
+            f"prefix has {len(request.think_prefix)}; raise `total` or ask for fewer paths"
+        )
     return [
         replace(
             request,
             id=f"{request.id}/{part}" if part else request.id,
             n=paths,
             budget=min(tokens, most),
+            spent=0,
             use_prediction=request.use_prediction and own is not None,
         )
         for part, (tokens, paths) in enumerate(spread(total, n))

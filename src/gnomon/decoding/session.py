@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gnomon.base.errors import ConfigError, ModelError
 from gnomon.decoding import sampling, slack
 from gnomon.decoding.row import BudgetChoice, Row, Sink
 from gnomon.model.slots import SlotCache
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from gnomon.decoding.engine import Engine
 
 SHARED_LEAST = 64  # a common beginning shorter than this is not worth a pass of its own
+AGAIN_LEAST = 8  # what stands in the spare slot already is used from here on
 _JOIN_SHARE = 8  # new rows wait until an eighth of the slots is free: a pass over one prompt wastes the machine
 
 
@@ -55,7 +57,8 @@ class Session:
         self._spare = -1
         self._settings: sampling.Params | None = None
         self._ordered = 0
-        self._cancelled: set[str] = set()
+        self._present: dict[str, list[Row]] = {}  # rows that wait or are decoded, by request
+        self._failed: BaseException | None = None
 
     # -- from outside -------------------------------------------------------------------------------------------
     def submit(self, request: Request) -> None:
@@ -65,7 +68,6 @@ class Session:
     def rows_of(self, request: Request) -> list[Row]:
         """Fresh rows, in the order of submission, one per sample."""
         room = self.engine.check(request)
-        self._cancelled.discard(request.id)  # a name is free again
         found = []
         for sample in range(request.n):
             key = sampling.stream_key(request.seed, request.id, sample)
@@ -78,15 +80,33 @@ class Session:
 
     def queue(self, rows: Sequence[Row]) -> None:
         """Rows that wait for a slot."""
+        for row in rows:
+            self._present.setdefault(row.request.id, []).append(row)
         self.pending.extend(rows)
 
     def cancel(self, request_id: str) -> None:
-        """Stop this request at its next token; its traces say `user`."""
-        self._cancelled.add(request_id)
+        """Stop the samples of this request that wait or are decoded, at their next token; their traces say `user`."""
+        for row in list(self._present.get(request_id, ())):
+            row.cancelled = True
 
-    @torch.inference_mode()
     def step(self) -> bool:
-        """Let rows join, choose one token for every live row, feed it. False when nothing is left."""
+        """Let rows join, choose one token for every live row, feed it. False when nothing is left.
+
+        An exception (of a sink, of the model) leaves rows half taken: the session refuses to go on after one.
+        """
+        if self._failed is not None:
+            raise ConfigError(
+                f"this session was stopped by {type(self._failed).__name__}: {self._failed}; its rows are not in a "
+                "known state. Open another session and submit again what has not come back."
+            )
+        try:
+            with torch.inference_mode():
+                return self._step()
+        except BaseException as error:
+            self._failed = error
+            raise
+
+    def _step(self) -> bool:
         self._join()
         if not self.rows:
             return False
@@ -97,13 +117,16 @@ class Session:
         steps = np.fromiter((r.drawn for r in self.rows), dtype=np.uint64, count=len(self.rows))
         phase = np.fromiter((r.in_answer for r in self.rows), dtype=np.int32, count=len(self.rows))
         found = sampling.sample(self.logits, self._sampling(), steps, self.engine.masks, phase)
+        if not bool(torch.isfinite(found[1]).all()):
+            self._no_numbers(found[1])
         ids, logprobs = found[0].tolist(), found[1].tolist()
         for i, look, margin, plain in leaning:
             state = self.rows[i].state
             if slack.leaned(look, margin, ids[i], state.tag_next):
                 state.lean()
-            # What the model gives this token, not the rule: a trainer has to find the same number.
-            logprobs[i] = float(sampling.log_distribution(plain, self._sampling().take([i]))[0, ids[i]])
+            # What the model gives this token, not the rule; without truncation, which may leave the tag no mass.
+            heat = float(self._sampling().temperature[i])
+            logprobs[i] = float((plain[0] / heat).log_softmax(-1)[ids[i]])
         tokens = self._take(ids, logprobs)
         self._leave(tokens)
         if self.rows:
@@ -137,7 +160,7 @@ class Session:
         """Up to `free` waiting rows; cancelled ones are finished here."""
         while self.pending and free:
             row = self.pending.popleft()
-            if row.request.id in self._cancelled:
+            if row.cancelled:
                 row.abandon()
                 self._finish(row)
                 continue
@@ -185,10 +208,13 @@ class Session:
     def _share(self, prompts: Sequence[tuple[int, ...]]) -> int:
         """Length of a common beginning that stands in the spare slot (instruction and examples of a foreign base)."""
         assert self.cache is not None
-        held = common_prefix([(*self._prefix, -1), *prompts]) if self._prefix else 0
+        held = common_prefix([(*self._prefix, -1), *prompts], AGAIN_LEAST) if self._prefix else 0
         if held:
             return held
         common = common_prefix(prompts)
+        if len(prompts) == 1 and self.pending and self.pending[0].request.prompt_ids == prompts[0]:
+            common = len(prompts[0]) - 1  # more samples of this prompt wait for a slot
+            common = common if common >= AGAIN_LEAST else 0
         if not common:
             return 0
         self._prefix = prompts[0][:common]
@@ -272,7 +298,7 @@ class Session:
         """Let every row take its token; -1 where it has finished."""
         tokens = []
         for row, choice, logprob in zip(self.rows, choices, logprobs, strict=True):
-            if self._cancelled and row.request.id in self._cancelled:
+            if row.cancelled:
                 row.cancel()
                 tokens.append(-1)
                 continue
@@ -301,8 +327,21 @@ class Session:
         self._settings = None
 
     def _finish(self, row: Row) -> None:
+        mine = self._present[row.request.id]
+        mine.remove(row)
+        if not mine:
+            del self._present[row.request.id]
         if self.on_done is not None:
-            self.on_done(row, row.trace(self.engine.decode, self.record))
+            with torch.inference_mode(False):  # whoever gets the trace may train on it
+                self.on_done(row, row.trace(self.engine.decode, self.record))
+
+    def _no_numbers(self, logprobs: Tensor) -> None:
+        """The model gave NaN or infinity: name the requests; nothing may be sampled from that."""
+        bad = [self.rows[i].request.id for i in (~torch.isfinite(logprobs)).nonzero()[:, 0].tolist()]
+        raise ModelError(
+            f"the model gives no finite log-probability for {', '.join(map(repr, bad[:3]))} ({len(bad)} rows): "
+            "its weights or states hold NaN or infinity"
+        )
 
     def _feed(self, tokens: list[int]) -> None:
         """One position for every row; reads states only where a row stands at a site."""

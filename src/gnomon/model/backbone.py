@@ -6,7 +6,6 @@ cache is ever gathered. Legend: R rows, T new tokens, L blocks, C channels, V vo
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor
 
 from gnomon.model.decoder import Decoder
-from gnomon.model.slots import Pass, SlotCache, TensorSlots, start_pass
+from gnomon.model.slots import Pass, SlotCache, TensorSlots, row_bucket, start_pass
 
 Logits = Literal["last", "all", "none"]
 Tokens = Sequence[Sequence[int]]
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass
@@ -50,12 +48,6 @@ class Backbone(Protocol):
         self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
     ) -> BackboneOutput:
         """Append tokens[r] (one or more ids each) to slot first + r. The caller keeps within capacity and context."""
-
-
-def row_bucket(rows: int) -> int:
-    """How many rows a torch pass is computed with: a matrix product rounds differently for other shapes."""
-    at = bisect.bisect_left(_ROWS, rows)
-    return _ROWS[at] if at < len(_ROWS) else rows
 
 
 def picked(values: Tensor, run: Pass, rows: int, logits: Logits) -> Tensor:

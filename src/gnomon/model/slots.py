@@ -5,6 +5,7 @@ Legend: L layers · N slots · H heads · S capacity · D head size · R rows of
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 VIEW_STEP = 64  # passes look at a multiple of so many positions, so that neighbours seldom change a shape
 
 
@@ -37,6 +39,12 @@ class SlotCache(Protocol):
 
     def resized(self, slots: int, capacity: int) -> SlotCache:
         """The same contents in a larger cache; this one may not be used any more."""
+
+
+def row_bucket(rows: int) -> int:
+    """How many rows a torch pass is computed with: a matrix product rounds differently for other shapes."""
+    at = bisect.bisect_left(_ROWS, rows)
+    return _ROWS[at] if at < len(_ROWS) else rows
 
 
 def rounded(n: int, step: int) -> int:
@@ -71,7 +79,8 @@ class TensorSlots:
 
     def resized(self, slots: int, capacity: int) -> TensorSlots:
         _, held, heads, _, size = self.store[0].shape
-        new = TensorSlots(len(self.store), max(slots, held), heads, max(capacity, self.capacity), size, self.store[0])
+        slots = row_bucket(max(slots, held))
+        new = TensorSlots(len(self.store), slots, heads, max(capacity, self.capacity), size, self.store[0])
         n = int(self.lengths.max())
         for old, store in zip(self.store, new.store, strict=True):
             store[:, :held, :, :n] = old[:, :, :, :n]

@@ -57,6 +57,12 @@ class Layout:
             raise TagError("no end-of-sequence id: give the layout at least one in `eos`, or answers could never end")
         if not self.plans:
             raise TagError("a layout needs at least one strategy in `plans`; its ids may be empty")
+        for end in (self.end_think, *self.end_think_also):
+            if any(self.end_answer[i : i + len(end)] == end for i in range(len(self.end_answer))):
+                raise TagError(
+                    f"the end of the answer {self.end_answer!r} contains the end of the thought {end!r}, which is "
+                    "masked in an answer: it could never be closed; use other tags"
+                )
         stray = self.empty_plans - set(self.plans)
         if stray:
             raise unknown("strategy", sorted(stray)[0], self.plans)

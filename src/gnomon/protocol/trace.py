@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, get_args
@@ -53,26 +54,57 @@ class Request:
         if isinstance(budget, str) and budget != "predicted":
             raise BudgetError(f'a budget is a whole number, None or "predicted"; given {budget!r}')
         if budget is not None and not isinstance(budget, str):
-            if isinstance(budget, bool) or not isinstance(budget, int):
+            if _whole(budget) is None:
                 raise BudgetError(f"a budget is a whole number of think tokens; given {budget!r}")
             if budget < 0:
                 raise BudgetError(f"a budget cannot be negative; given {budget}. Write 0 to answer without thinking.")
+            self._set("budget", int(budget))
+        for name in ("prompt_ids", "think_prefix"):
+            ids = [_whole(i) for i in getattr(self, name)]
+            if None in ids:
+                raise ConfigError(f"request {self.id!r}: {name} must hold token ids, whole numbers")
+            self._set(name, tuple(ids))
         if not self.prompt_ids:
             raise ConfigError(f"request {self.id!r} has an empty prompt; give at least one id")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"request {self.id!r}: temperature must be ≥ 0; given {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"request {self.id!r}: top_p must be in (0, 1]; given {self.top_p}")
-        if self.top_k < 0:
-            raise ConfigError(f"request {self.id!r}: top_k must be ≥ 0 (0 = off); given {self.top_k}")
-        if self.n < 1:
-            raise ConfigError(f"request {self.id!r}: n must be ≥ 1; given {self.n}")
+        heat = self.temperature
+        if not isinstance(heat, (int, float)) or not (heat == 0 or MIN_TEMPERATURE <= heat < float("inf")):
+            raise ConfigError(f"request {self.id!r}: temperature must be 0 or ≥ {MIN_TEMPERATURE}; given {heat!r}")
+        if not isinstance(self.top_p, (int, float)) or not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"request {self.id!r}: top_p must be in (0, 1]; given {self.top_p!r}")
         if self.scope not in get_args(Scope):
             raise BudgetError(f"unknown budget scope {self.scope!r}; write one of {', '.join(get_args(Scope))}")
-        if min(self.spent, self.grant) < 0:
-            raise BudgetError(f"spent and grant are token counts ≥ 0; given {self.spent} and {self.grant}")
-        if self.max_answer_tokens is not None and self.max_answer_tokens < 1:
-            raise ConfigError(f"request {self.id!r}: max_answer_tokens must be ≥ 1; given {self.max_answer_tokens}")
+        for name, least, most in _COUNTS:
+            value = getattr(self, name)
+            if value is None and name == "max_answer_tokens":
+                continue
+            whole = _whole(value)
+            if whole is None or not least <= whole <= most:
+                raise ConfigError(
+                    f"request {self.id!r}: {name} must be a whole number from {least} to {most}; given {value!r}"
+                )
+            self._set(name, whole)
+
+    def _set(self, name: str, value: object) -> None:
+        """Frozen to everybody else: what was given, as plain Python numbers."""
+        object.__setattr__(self, name, value)
+
+
+MIN_TEMPERATURE: Final = 1e-4  # below it logits / temperature leave the range of float32
+MAX_SAMPLES: Final = 4096
+_COUNTS: Final = (
+    ("top_k", 0, 2**31 - 1), ("n", 1, MAX_SAMPLES), ("spent", 0, 2**31 - 1), ("grant", 0, 2**31 - 1),
+    ("max_answer_tokens", 1, 2**31 - 1), ("seed", -(2**63), 2**64 - 1),
+)  # fmt: skip
+
+
+def _whole(value: object) -> int | None:
+    """A whole number as an int (numpy's too), None for anything else, True and False included."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True)
