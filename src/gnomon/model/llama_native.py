@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from gnomon.base import native
 from gnomon.base.errors import ModelError
-from gnomon.base.native import Pointer, pointer
+from gnomon.base.native import Pointer
 from gnomon.model.backbone import BackboneOutput, Logits, Tokens
 from gnomon.model.llama import check_weights, unsupported
-from gnomon.model.native import NativeSlots
+from gnomon.model.native import NativeSlots, run_step
 
 SOURCE: Final = Path(__file__).with_name("llama.c")
 _LINEAR: Final = (
@@ -84,26 +84,7 @@ class NativeLlama:
     def extend(
         self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
     ) -> BackboneOutput:
-        rows = len(tokens)
-        counts = np.fromiter(map(len, tokens), dtype=np.int32, count=rows)
-        ids = np.fromiter((t for row in tokens for t in row), dtype=np.int32)
-        slots = cache.place[first : first + rows]
-        assert rows and counts.min() >= 1 and len(slots) == rows, "every row needs a slot and at least one token"
-        assert int((cache.held[slots] + counts).max()) <= min(cache.capacity, self.context), "no room for these tokens"
-        assert ids.min() >= 0 and ids.max() < self.vocab_size, "an id is not in the vocabulary"
-        scores = states = None
-        if logits != "none":
-            scores = torch.empty((rows if logits == "last" else len(ids), self.vocab_size))
-        if taps:
-            states = torch.empty((rows, self.n_layers, self.hidden_size))
-        done = self._lib.gn_step(
-            self._model, ctypes.byref(cache.struct), rows, pointer(slots), pointer(counts), pointer(ids),
-            int(logits == "all"), None if scores is None else Pointer(scores.data_ptr()),
-            None if states is None else Pointer(states.data_ptr()), torch.get_num_threads(),
-        )  # fmt: skip
-        if not done:
-            raise MemoryError(f"no memory for a step of {len(ids)} tokens")
-        return BackboneOutput(scores, states)
+        return run_step(self._lib, self._model, self, cache, tokens, first, logits, taps)
 
     def _build(self) -> Any:
         model, config = self.module, self.module.config

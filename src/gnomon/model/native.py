@@ -101,6 +101,36 @@ class NativeSlots:
         return new
 
 
+def run_step(
+    lib: ctypes.CDLL, model: Any, net: Any, cache: NativeSlots, tokens: Tokens, first: int, logits: Logits, taps: bool
+) -> BackboneOutput:
+    """One call of a kernel's `gn_step`; `net` says context, vocabulary and the shape of taps. As Backbone.extend."""
+    rows = len(tokens)
+    counts = np.fromiter(map(len, tokens), dtype=np.int32, count=rows)
+    ids = np.fromiter((t for row in tokens for t in row), dtype=np.int32)
+    slots = cache.place[first : first + rows]
+    # Not assert statements: beyond these bounds C would read and write foreign memory, with python -O too.
+    if not rows or counts.min() < 1 or len(slots) != rows:
+        raise AssertionError("every row needs a slot and at least one token")
+    if int((cache.held[slots] + counts).max()) > min(cache.capacity, net.context):
+        raise AssertionError("no room for these tokens")
+    if ids.min() < 0 or ids.max() >= net.vocab_size:
+        raise AssertionError("an id is not in the vocabulary")
+    scores = states = None
+    if logits != "none":
+        scores = torch.empty((rows if logits == "last" else len(ids), net.vocab_size))
+    if taps:
+        states = torch.empty((rows, net.n_layers, net.hidden_size))
+    done = lib.gn_step(
+        model, ctypes.byref(cache.struct), rows, pointer(slots), pointer(counts), pointer(ids), int(logits == "all"),
+        None if scores is None else Pointer(scores.data_ptr()),
+        None if states is None else Pointer(states.data_ptr()), torch.get_num_threads(),
+    )  # fmt: skip
+    if not done:
+        raise MemoryError(f"no memory for a step of {len(ids)} tokens")
+    return BackboneOutput(scores, states)
+
+
 class NativeBackbone(OwnBackbone):
     """Our decoder in float32 on a CPU, through `decoder.c`. `module` stays the torch decoder with the same weights.
 
@@ -116,7 +146,6 @@ class NativeBackbone(OwnBackbone):
         self._lib = lib
         self._arrays = native.Arrays(lib)  # what the structure below points to
         self._model = self._build(decoder)
-        self._taps = decoder.config.layers, decoder.config.channels
 
     def new_cache(self, slots: int, capacity: int) -> NativeSlots:
         c = self.module.config
@@ -125,26 +154,7 @@ class NativeBackbone(OwnBackbone):
     def extend(
         self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
     ) -> BackboneOutput:
-        rows = len(tokens)
-        counts = np.fromiter(map(len, tokens), dtype=np.int32, count=rows)
-        ids = np.fromiter((t for row in tokens for t in row), dtype=np.int32)
-        slots = cache.place[first : first + rows]
-        assert rows and counts.min() >= 1 and len(slots) == rows, "every row needs a slot and at least one token"
-        assert int((cache.held[slots] + counts).max()) <= min(cache.capacity, self.context), "no room for these tokens"
-        assert ids.min() >= 0 and ids.max() < self.vocab_size, "an id is not in the vocabulary"
-        scores = states = None
-        if logits != "none":
-            scores = torch.empty((rows if logits == "last" else len(ids), self.vocab_size))
-        if taps:
-            states = torch.empty((rows, *self._taps))
-        done = self._lib.gn_step(
-            self._model, ctypes.byref(cache.struct), rows, pointer(slots), pointer(counts), pointer(ids),
-            int(logits == "all"), None if scores is None else Pointer(scores.data_ptr()),
-            None if states is None else Pointer(states.data_ptr()), torch.get_num_threads(),
-        )  # fmt: skip
-        if not done:
-            raise MemoryError(f"no memory for a step of {len(ids)} tokens")
-        return BackboneOutput(scores, states)
+        return run_step(self._lib, self._model, self, cache, tokens, first, logits, taps)
 
     def _build(self, decoder: Decoder) -> Any:
         c = decoder.config
