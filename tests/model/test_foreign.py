@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
 import pytest
 import torch
 from tests.model.nets import ENDS, FAMILIES, SHAPE, SHARED, VOCAB, draw, gap, hf_model, log_gap, used_cache
@@ -133,4 +139,27 @@ def test_the_output_layer_sees_only_what_is_asked_for() -> None:
     for logits in ("last", "all", "none"):
         net.extend(net.new_cache(3, 16), rows, logits=logits)  # type: ignore[arg-type]
     assert seen == [(1, 3, VOCAB), (1, 15, VOCAB), (1, 0, VOCAB)]
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_threads_share_one_model() -> None:
+    """Whether through one backbone or two, no pass sees the positions that another pass asked for."""
+    model = hf_model("llama")
+    nets = (HFBackbone(model), HFBackbone(model))
+    work: list[list[Sequence[int]]] = [[draw(9, "a"), draw(4, "a")], [draw(5, "b"), draw(7, "b"), draw(6, "b")]]
+    alone = [nets[0].extend(nets[0].new_cache(3, 16), rows).logits for rows in work]
+    forward, both = model.forward, threading.Barrier(2)
+
+    def meet(**given: Any) -> Any:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.3)  # two passes that can be inside the model together are
+        return forward(**given)
+
+    model.forward = meet
+    for pair in ((nets[0], nets[0]), nets):
+        both.reset()
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(net.extend, net.new_cache(3, 16), rows) for net, rows in zip(pair, work, strict=True)]
+            for run, wanted in zip(runs, alone, strict=True):
+                assert wanted is not None and torch.equal(run.result().logits, wanted)
     assert not model.lm_head._forward_pre_hooks

@@ -7,8 +7,10 @@ Legend: R rows, T new tokens, L blocks, C channels, V vocabulary, S positions in
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +26,14 @@ SLIDING: Final = "sliding_attention"
 _TOLERANCE: Final = {torch.float64: 1e-3, torch.float32: 1e-3}
 _LOW_TOLERANCE: Final = 0.25
 _TRIAL: Final = ((3, 4), (1, 1), (4, 2))  # three rows: tokens of the first and of the second call
+# One pass at a time through one model, whoever wraps it: the hook of a pass sits on the output layer that all share.
+_TURNS: Final[WeakKeyDictionary[Any, threading.RLock]] = WeakKeyDictionary()
+_MAKING: Final = threading.Lock()
+
+
+def _turn(module: Any) -> threading.RLock:
+    with _MAKING:
+        return _TURNS.setdefault(module, threading.RLock())
 
 
 class _PassCache(Cache):  # type: ignore[misc]
@@ -44,7 +54,10 @@ class _PassCache(Cache):  # type: ignore[misc]
 
 
 class HFBackbone:
-    """Raises ModelError for a model whose sequences cannot be kept as keys and values in slots."""
+    """Threads may share one: they pass through the model one after the other, each with a cache of its own.
+
+    Raises ModelError for a model whose sequences cannot be kept as keys and values in slots.
+    """
 
     def __init__(self, model: Any):
         self.module = model.eval()
@@ -78,7 +91,7 @@ class HFBackbone:
     ) -> BackboneOutput:
         rows = len(tokens)
         run = start_pass(cache, tokens, first, fitting_rows(cache, first, rows), self.context)
-        with self._head_sees(run, rows, logits):
+        with _turn(self.module), self._head_sees(run, rows, logits):
             out = self.module(
                 input_ids=run.ids,
                 attention_mask=self._masks(run),
@@ -132,7 +145,8 @@ class HFBackbone:
     @torch.inference_mode()
     def _shapes(self) -> tuple[int, int, int]:
         """(layers that keep keys and values, heads, head size), read off a short pass with the model's own cache."""
-        out = self.module(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=self.device), use_cache=True)
+        with _turn(self.module):
+            out = self.module(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=self.device), use_cache=True)
         config = self.module.config
         layers = getattr(out.get("past_key_values"), "layers", None) or ()
         found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
@@ -156,7 +170,8 @@ class HFBackbone:
         got = self.extend(cache, [row[n:] for row, (n, _) in zip(rows, _TRIAL, strict=True)]).logits
         assert got is not None
         for row, scores in zip(rows, got, strict=True):
-            wanted = self.module(input_ids=torch.tensor([row], device=self.device)).logits[0, -1].float()
+            with _turn(self.module):
+                wanted = self.module(input_ids=torch.tensor([row], device=self.device)).logits[0, -1].float()
             allowed = _TOLERANCE.get(self.module.dtype, _LOW_TOLERANCE) * float(wanted.std())
             off = float((scores - wanted).abs().max())
             if not off <= allowed + 1e-6:
