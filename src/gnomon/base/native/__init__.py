@@ -11,7 +11,11 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -31,48 +35,76 @@ Pointer = ctypes.c_void_p
 
 
 def cache_dir() -> Path:
-    """Where compiled libraries are kept."""
+    """Where compiled libraries are kept. Raises RuntimeError where there is neither a home nor XDG_CACHE_HOME."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "gnomon" / "native"
 
 
 @lru_cache(maxsize=8)
 def library(source: Path) -> ctypes.CDLL | None:
-    """The compiled `source`; None where there is no compiler, it fails, or `GNOMON_NATIVE=0` says no."""
+    """The compiled `source`; None where there is no compiler, it fails, or `GNOMON_NATIVE=0` says no.
+
+    Where the user's cache cannot be used, a private folder among the temporary files takes its place.
+    """
     if os.environ.get(SWITCH) == "0":
         return None
     compiler = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
-    for extra in _EXTRA if compiler else ():
+    for folder in _folders() if compiler else ():
         assert compiler is not None
-        path = _compiled(compiler, source, (*_FLAGS, *extra))
-        if path is None:
-            continue
-        try:
-            lib = ctypes.CDLL(str(path))
-        except OSError:
-            continue
-        lib.gn_packed_size.restype = ctypes.c_int64
-        return lib
+        usable = True
+        for extra in _EXTRA:
+            try:
+                path = _compiled(compiler, source, (*_FLAGS, *extra), folder)
+                lib = ctypes.CDLL(str(path)) if path else None
+            except OSError:
+                usable = False
+                continue
+            if lib is not None:
+                lib.gn_packed_size.restype = ctypes.c_int64
+                return lib
+        if usable:
+            return None  # the compiler refuses, and would elsewhere
     return None
 
 
-def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path | None:
-    """The library for this source, compiler and processor: from the cache, or compiled into it."""
+def _folders() -> Iterator[Path]:
+    """The user's cache, then a folder among the temporary files that nobody else can write to."""
+    with suppress(RuntimeError):
+        yield cache_dir()
+    if not hasattr(os, "getuid"):
+        return
+    with suppress(OSError):
+        private = Path(tempfile.gettempdir()) / f"gnomon-native-{os.getuid()}"
+        private.mkdir(mode=0o700, exist_ok=True)
+        found = private.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+            yield private
+
+
+def _compiled(compiler: str, source: Path, flags: tuple[str, ...], folder: Path) -> Path | None:
+    """The library for this source, compiler and processor: from the folder, or compiled into it.
+
+    None where the compiler refuses. Raises OSError where the folder cannot be used.
+    """
     text = source.read_bytes() + b"".join(p.read_bytes() for p in sorted(HEADERS.glob("*.h")))
     key = hashlib.sha256(text + repr((compiler, flags, platform.machine(), _processor())).encode()).hexdigest()[:20]
-    target = cache_dir() / f"{source.stem}-{key}.so"
-    if target.is_file():
+    target = folder / f"{source.stem}-{key}.so"
+    try:
+        target.lstat()
         return target
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
     beside = target.with_suffix(f".{secrets.token_hex(4)}.tmp")
+    beside.touch()
     command = [compiler, *flags, "-o", str(beside), str(source), "-lm"]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0:
             beside.replace(target)
             return target
-        beside.unlink(missing_ok=True)
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired:
         return None
+    finally:
+        beside.unlink(missing_ok=True)
     return None
 
 
