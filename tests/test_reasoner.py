@@ -51,6 +51,17 @@ def test_without_heads_predicted_means_steps_and_no_cap(base: Reasoner) -> None:
         base.save_layer(Path("nowhere"))
 
 
+def test_a_prompt_beyond_the_context_teaches_the_same_everywhere(base: Reasoner) -> None:
+    reasoner = with_heads(base)
+    for text in (f"{QUESTION} " * 61, f"{QUESTION} " * 100):
+        told = []
+        for what in (reasoner.ask, reasoner.decide):
+            with pytest.raises(BudgetError, match="shorten the prompt") as error:
+                what(text)
+            told.append(str(error.value))
+        assert told[0].endswith(told[1])
+
+
 def test_the_report_has_the_schema_and_goes_to_json(base: Reasoner) -> None:
     report = with_heads(base).ask(QUESTION, plan="verify", budget=3).report()
     assert set(report) == {"plan", "confidence", "budget", "answer_tokens", "stop", "think", "answer"}

@@ -17,6 +17,7 @@ from gnomon.base.seeds import derive
 from gnomon.data.codec import Codec, OwnCodec
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
 from gnomon.decoding.engine import Engine
+from gnomon.decoding.room import allot
 from gnomon.decoding.scope import Ledger
 from gnomon.decoding.search import Vote, self_consistency
 from gnomon.decoding.slack import Rules
@@ -183,11 +184,15 @@ class Reasoner:
         )
 
     def decide(self, text: str) -> dict[str, Any]:
-        """Plan, budget and confidence for a prompt without generating (`ask --no-decode`)."""
+        """Plan, budget and confidence for a prompt without generating (`ask --no-decode`).
+
+        Raises BudgetError, as `ask` does, where the context leaves no room for an answer.
+        """
         if self.decider is None:
             raise ModelError(f"{self.name} has no metacognitive layer; train one with `gnomon train metacog`")
         prompt = self.codec.encode_prompt(text)
         layout = self.codec.layout
+        allot(self.backbone.context, len(prompt), layout.overhead, None)
         cache = self.backbone.new_cache(1, len(prompt) + layout.overhead)
         out = self.backbone.extend(cache, [prompt], logits="none", taps=True)
         assert out.taps is not None
