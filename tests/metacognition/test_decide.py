@@ -21,6 +21,7 @@ from gnomon.metacognition.calibration import (
     Quality,
     Running,
     Temperatures,
+    clip_tokens,
     first_reaching,
 )
 from gnomon.metacognition.config import MetacogConfig
@@ -84,6 +85,7 @@ def test_round_trip_and_binding_to_the_weights(tmp_path: Path, heads: MetacogHea
         (lambda b: b["temperature"].update(after=-1.0), "cannot be used"),
         (lambda b: b.update(surprise=1), "surprise"),
         (lambda b: b.pop("budget_clip"), "budget_clip"),
+        (lambda b: b.update(domain=None), "domain"),
     ],
 )
 def test_a_tampered_card_is_refused(tmp_path: Path, heads: MetacogHeads, change: object, message: str) -> None:
@@ -156,6 +158,32 @@ def test_unknown_outside_the_domain(heads: MetacogHeads, taps: torch.Tensor) -> 
         assert (d.confidence is None) is is_far
         assert d.distance is not None
         assert d.clipped >= 0, "a budget is still proposed"
+
+
+def test_a_distance_that_is_no_number_is_foreign(
+    heads: MetacogHeads, taps: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Domain, "distance", lambda _, states: np.array([0.0, np.nan, np.inf, 0.0, np.nan]))
+    rows = Decider(heads, make_card(heads)).budget(taps, ["steps"] * N)
+    assert [d.confidence is not None for d in rows] == [d.calibrated for d in rows] == [True, False, False, True, False]
+    assert [d.distance for d in rows] == [0.0, None, None, 0.0, None]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_broken_states_are_told_and_never_a_budget(heads: MetacogHeads, taps: torch.Tensor, native: bool) -> None:
+    taps[2, 1, 3] = math.nan
+    plans, used = ["steps"] * N, [3] * N
+    for card in (None, make_card(heads, running=RUNNING)):
+        decider = Decider(heads, card)
+        if not native:
+            decider._native = None
+        reads = [lambda d: d.plan(taps), lambda d: d.budget(taps, plans), lambda d: d.after(taps, plans, used)]
+        for read in (*reads, *([lambda d: d.running(taps, plans, used)] if card else [])):
+            with pytest.raises(ModelError, match="the heads gave no number .* the base's states are broken"):
+                read(decider)
+    for broken in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ModelError, match="no number"):
+            clip_tokens(np.array([1.0, broken]), 0.0)
 
 
 def test_unknown_under_a_plan_or_budget_not_fitted_for(heads: MetacogHeads, taps: torch.Tensor) -> None:

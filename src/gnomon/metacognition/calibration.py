@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gnomon.base.errors import CheckpointError
+from gnomon.base.errors import CheckpointError, ModelError
 
 VERSION: Final = 1
 FILE_NAME: Final = "calibration.json"
@@ -150,7 +150,7 @@ class Card(_Frozen):
     temperature: Temperatures
     shift: Shifts = Shifts()
     budget_clip: BudgetClip
-    domain: Domain | None = None
+    domain: Domain
     fitted_plans: tuple[str, ...] = Field(min_length=1)
     best_plan: dict[str, str] = Field(default_factory=dict)
     running: Running | None = None
@@ -242,6 +242,15 @@ class Card(_Frozen):
         return plan in self.fitted_plans and not capped_below
 
 
+def numbers(*said: Floats | None) -> None:
+    """Raises ModelError where the heads said something that is no finite number (None = nothing was said)."""
+    if not math.isfinite(sum(float(np.sum(x)) for x in said if x is not None)):
+        raise ModelError(
+            "the heads gave no number where they read plan, budget and confidence, so the base's states are broken; "
+            "look for NaN or infinite values in the base's weights, and for overflow in half precision"
+        )
+
+
 def scaled(raw: Floats, temperature: float, shift: float) -> Floats:
     """Raw logits [N] -> probabilities [N]: sigmoid(raw / temperature + shift), Platt (1999)."""
     return sigmoid(np.asarray(raw, dtype=np.float64) / temperature + shift)
@@ -265,6 +274,10 @@ def best_value(solve: Floats, cost: Floats, price: float) -> NDArray[np.int64]:
 
 
 def clip_tokens(raw: Floats, offset: float) -> NDArray[np.int64]:
-    """log1p(tokens) [N] plus an offset -> whole tokens [N], rounded up, never negative."""
+    """log1p(tokens) [N] plus an offset -> whole tokens [N], rounded up, never negative.
+
+    Raises ModelError where a prediction is no number.
+    """
+    numbers(raw)
     tokens = np.expm1(np.minimum(np.asarray(raw, dtype=np.float64) + offset, math.log1p(1e7)))
     return np.maximum(np.ceil(tokens - 1e-9), 0).astype(np.int64)

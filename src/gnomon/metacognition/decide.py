@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gnomon.base.errors import ModelError, unknown
-from gnomon.metacognition.calibration import Card, Floats, clip_tokens
+from gnomon.metacognition.calibration import Card, Floats, clip_tokens, numbers
 from gnomon.metacognition.config import BOUNDARY, END, PROMPT, THINK_SITE
 from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.native import NativeHeads, available
@@ -30,7 +30,8 @@ class BudgetDecision:
     """predicted: expected think tokens, before clipping; clipped: whole tokens, never negative.
 
     confidence: probability of a right answer, None when unknown; calibrated: the card holds for this prompt and plan.
-    raw: the confidence logit (for fitting only); distance: of the state from the card's domain, None without one.
+    raw: the confidence logit (for fitting only); distance: of the state from the card's domain, None without a card
+    and where it is no number.
     """
 
     predicted: float
@@ -95,7 +96,8 @@ class Raw(NamedTuple):
 class Decider:
     """Implements the engine's metacognition protocol; batched, without gradients, deterministic.
 
-    Without a card plans are the most probable ones, budgets are not clipped upwards, confidence is unknown.
+    Without a card plans are the most probable ones, budgets are not clipped upwards, confidence is unknown. Readings
+    that are no numbers raise ModelError.
     """
 
     def __init__(self, heads: MetacogHeads, card: Card | None = None) -> None:
@@ -143,11 +145,11 @@ class Decider:
             ]
         clipped = self.card.clip_budget(raw)
         probs = self.card.confidence(logits, "before")
-        distance = self.distance(taps)
+        distance = self.card.domain.distance(_numpy(taps[:, self.card.domain.layer]))
         rows = []
         for i, plan in enumerate(plans):
-            far = distance is not None and bool(distance[i] > self._threshold())
-            known = not far and self.card.covers(plan, predicted_plan=wished[i])
+            near = bool(distance[i] <= self.card.domain.threshold)  # a distance that is no number is foreign
+            known = near and self.card.covers(plan, predicted_plan=wished[i])
             rows.append(
                 BudgetDecision(
                     predicted=float(predicted[i]),
@@ -155,7 +157,7 @@ class Decider:
                     confidence=float(probs[i]) if known else None,
                     calibrated=known,
                     raw=float(logits[i]),
-                    distance=None if distance is None else float(distance[i]),
+                    distance=float(distance[i]) if np.isfinite(distance[i]) else None,
                 )
             )
         return rows
@@ -199,18 +201,13 @@ class Decider:
             for r, u, p, z, f, plan in zip(remaining, upper, probs, out.confidence, flags, plans, strict=True)
         ]
 
-    def distance(self, taps: Tensor) -> Floats | None:
-        """Distance [B] of the states taps [B, L, C] at the think tag from the card's domain; None without one."""
-        if self.card is None or self.card.domain is None:
-            return None
-        return self.card.domain.distance(_numpy(taps[:, self.card.domain.layer]))
-
-    def _threshold(self) -> float:
-        assert self.card is not None and self.card.domain is not None
-        return self.card.domain.threshold
+    def _read(self, taps: Tensor, site: int, used: Tensor | None = None) -> Raw:
+        raw = self._say(taps, site, used)
+        numbers(*raw)
+        return raw
 
     @torch.no_grad()
-    def _read(self, taps: Tensor, site: int, used: Tensor | None = None) -> Raw:
+    def _say(self, taps: Tensor, site: int, used: Tensor | None = None) -> Raw:
         if self._native is not None:
             out = self._native(taps.cpu(), site, used)
             read = (out.plan_logits, out.budget_raw, out.conf_raw, out.solve_logits, out.cost_raw)
