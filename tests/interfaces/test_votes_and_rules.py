@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
+from typing import Any
 
 import pytest
 from tests.interfaces.test_cli import call
+
+from gnomon.reasoner import Reasoner
 
 
 def test_votes_answer_with_a_count_of_paths(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,6 +20,31 @@ def test_votes_answer_with_a_count_of_paths(capsys: pytest.CaptureFixture[str]) 
     assert body["think_tokens_all"] >= body["budget"]["used"]
     code, _, err = call(capsys, "ask", "hi", "--votes", "0")
     assert code != 0 and "paths must be a whole number" in err
+
+
+def test_votes_sample_unless_told_otherwise_and_show_the_thoughts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    for name in ("ask", "vote"):
+        real = getattr(Reasoner, name)
+
+        def noted(self: Reasoner, *args: Any, _real: Any = real, **kwargs: Any) -> Any:
+            given = inspect.signature(_real).bind(self, *args, **kwargs).arguments
+            asked.append(given["temperature"])
+            return _real(self, *args, **kwargs)
+
+        monkeypatch.setattr(Reasoner, name, noted)
+    words = ("ask", "Compute 34 + 27 - 15.", "--plan", "steps")
+    code, _, err = call(capsys, *words, "--votes", "3", "--temperature", "0")
+    assert code != 0 and "3 greedy paths are 3 times the same one" in err and not asked
+    code, _, quiet = call(capsys, *words, "--votes", "3")
+    again, _, shown = call(capsys, *words, "--votes", "3", "--show")
+    thoughts, _, told = shown.rpartition(quiet)
+    assert code == again == 0 and told == "" and "34" in thoughts
+    for more in ((), ("--temperature", "0"), ("--temperature", "0.3"), ("--votes", "2", "--temperature", "0.4")):
+        assert call(capsys, *words, *more)[0] == 0
+    assert asked == [0.8, 0.8, 0.0, 0.0, 0.3, 0.4]
 
 
 def test_evaluate_measures_votes_beside_a_single_path(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gnomon.reasoner import Reasoner
 
 Flag = Parameter(negative=())
+VOTE_TEMPERATURE = 0.8
 
 
 def ask(
@@ -22,7 +23,7 @@ def ask(
     model: str = "nano",
     plan: str = "predicted",
     budget: str = "predicted",
-    temperature: float = 0.0,
+    temperature: float | None = None,
     seed: str = "ask",
     max_answer_tokens: int | None = None,
     votes: int = 1,
@@ -38,19 +39,20 @@ def ask(
         model: A shipped model (nano), smollm2, or a model folder.
         plan: direct, steps, verify, decompose, or predicted.
         budget: Think tokens at most: a number, predicted, or none.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; by default 0 for one path and 0.8 for votes.
         seed: Names the random stream when temperature is above 0.
         max_answer_tokens: Cap of the answer.
-        votes: Sampled paths; the majority answers, and more are drawn where they disagree. Wants a temperature.
+        votes: Sampled paths; the majority answers, and more are drawn where they disagree.
         device: cpu or cuda.
         no_decode: Plan, budget and confidence only; nothing is generated.
-        show: Show the thoughts too.
+        show: Show the thoughts too; with votes those of the path that stands for the answer.
         json: Print one JSON object.
     """
     limit, plan = options.budget(budget), options.check_plan(plan)
     question = sys.stdin.read().strip() if text == "-" else text
     if not question.strip():
         raise ConfigError('the question is empty; write one: gnomon ask "Compute 3 + 4."')
+    temperature = _temperature(temperature, votes)
     from gnomon.reasoner import Reasoner
 
     reasoner = Reasoner.load(model, device=device)
@@ -59,7 +61,7 @@ def ask(
         (console.emit_json if json else print_decision)(decision)
         return
     if votes != 1:
-        _vote(reasoner, question, votes, plan, limit, temperature or 0.8, seed, max_answer_tokens, json)
+        _vote(reasoner, question, votes, plan, limit, temperature, seed, max_answer_tokens, show, json)
         return
     answer = reasoner.ask(
         question, plan=plan, budget=limit, temperature=temperature, seed=seed, max_answer_tokens=max_answer_tokens
@@ -76,9 +78,20 @@ def ask(
     print(answer.answer)
 
 
+def _temperature(asked: float | None, votes: int) -> float:
+    if asked is None:
+        return 0.0 if votes == 1 else VOTE_TEMPERATURE
+    if votes > 1 and asked == 0:
+        raise ConfigError(
+            f"--votes {votes} --temperature 0: {votes} greedy paths are {votes} times the same one; "
+            f"write a temperature above 0, or leave it out for {VOTE_TEMPERATURE}"
+        )
+    return asked
+
+
 def _vote(
     reasoner: Reasoner, question: str, votes: int, plan: str, limit: options.Budget, temperature: float, seed: str,
-    max_answer_tokens: int | None, json: bool,
+    max_answer_tokens: int | None, show: bool, json: bool,
 ) -> None:  # fmt: skip
     """`ask --votes`: the answer that most paths give, and who gave what."""
     found = reasoner.vote(question, votes, plan, limit, temperature, seed, max_answer_tokens)
@@ -87,6 +100,8 @@ def _vote(
         extra = {"votes": votes, "share": found.share, "counts": dict(found.counts), "rounds": found.rounds}
         console.emit_json({**read.report(), **extra, "think_tokens_all": found.think_tokens})
         return
+    if show and read.think:
+        console.say(read.think)
     told = ", ".join(f"{text or 'nothing'} x{count}" for text, count in found.counts.items())
     console.say(f"{len(found.traces)} paths, {found.think_tokens} think tokens: {told}")
     print(read.answer)
