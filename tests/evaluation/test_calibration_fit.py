@@ -182,6 +182,12 @@ def test_card_repairs_confidence_and_its_clip_covers_new_rows() -> None:
     assert report["accuracy_uncapped"] >= report["accuracy_best_fixed"] - 1e-9
 
 
+def test_the_report_compares_with_the_fixed_plans_of_the_fit() -> None:
+    data, best = uncapped(400, "fixed"), {"f": "steps", "h": "direct"}
+    _, report = fit_card(data, PLANS, weights="w", dataset="toy", stream="cal", best_plan=best)
+    assert report["accuracy_best_fixed"] == best_fixed_accuracy(data, best) < best_fixed_accuracy(data)
+
+
 def test_shapes_are_checked() -> None:
     data = uncapped(10, "shape")
     with pytest.raises(DataError, match=r"budget_raw must be \[10, 2\]"):

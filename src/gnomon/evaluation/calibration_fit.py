@@ -281,7 +281,7 @@ def fit_card(
             after=quality(scaled(point.conf_after, t_after, b_after), point.correct),
         ),
     )
-    report = _report(data, plan, point, chosen) | {
+    report = _report(data, plan, point, chosen, best_plan) | {
         "plan_threshold": tau,
         "plan_price": price,
         "running": measured,
@@ -335,13 +335,15 @@ def _running(
     return fit_running(rows, point.level)
 
 
-def _report(data: Uncapped, plan: Ints, point: OperatingPoint, chosen: Mapping[str, int]) -> dict[str, Any]:
+def _report(
+    data: Uncapped, plan: Ints, point: OperatingPoint, chosen: Mapping[str, int], best_plan: Mapping[str, str] | None
+) -> dict[str, Any]:
     pick = data.at(plan)
     return {
         "plan_share": {k: n / len(plan) for k, n in chosen.items()},
         "accuracy_uncapped": float(pick(data.correct).mean()),
         "accuracy": float(point.correct.mean()),
-        "accuracy_best_fixed": best_fixed_accuracy(data),
+        "accuracy_best_fixed": best_fixed_accuracy(data, best_plan),
         "clip_level": point.level,
         "clip_loss": point.loss,
         "think_tokens_mean": float(np.minimum(pick(data.used), point.caps).mean()),
