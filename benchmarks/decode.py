@@ -3,10 +3,12 @@
     python benchmarks/decode.py --preset quick|full --json
 
 Workload: requests with fixed prompts and budgets uniform over {0, 4, 8, 16, 32, 64, 128} (mixed) or all 64 (uniform).
-Useful tokens are the think tokens up to each row's budget; nothing ends by itself, so that both sides do the same work.
+Useful tokens are the think tokens up to each row's budget. Peers never end by themselves; ours practically never does,
+and where it does only the tokens that it thought count.
 Our side answers with one token after the close; tags, prompts and that answer cost time and count for nothing.
 Peers get their requests sorted by budget, in batches that run to their largest budget; a batch of zeros is free.
-Ratios are medians over interleaved pairs, with the least and the largest pair. Stories of every number: docs/log.md.
+Ratios are of useful tokens per second: medians over interleaved pairs, with the least and the largest pair. Stories of
+every number: docs/log.md.
 """
 
 from __future__ import annotations
@@ -52,10 +54,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Run:
-    """seconds of the whole workload; first: seconds to the first think token, median over the requests that think."""
+    """seconds of the whole workload; first: seconds to the first think token, median over the requests that think.
+
+    useful: the think tokens that were made and asked for.
+    """
 
     seconds: float
     first: float
+    useful: int
+
+    @property
+    def rate(self) -> float:
+        """Useful tokens per second."""
+        return self.useful / self.seconds
 
 
 def workload(encode: Callable[[str], Sequence[int]], n: int, kind: str) -> Work:
@@ -73,7 +84,7 @@ def endless(vocab: int, pad: int) -> Layout:
 
 
 def ours(backbone: Backbone, layout: Layout, work: Work, batch: int) -> Run:
-    """The engine, mixed budgets in one go. Raises AssertionError where a budget was not used exactly."""
+    """The engine, mixed budgets in one go. Raises AssertionError where a budget was overdrawn, or many not used up."""
     engine = Engine(backbone, layout, max_batch=batch)
     asked = [
         Request(str(i), prompt, plan="steps", budget=budget, max_answer_tokens=1)
@@ -88,8 +99,8 @@ def ours(backbone: Backbone, layout: Layout, work: Work, batch: int) -> Run:
     early = sum(t.used < b for t, b in zip(traces, work.budgets, strict=True))
     assert early <= len(asked) // 50, f"{early} rows closed early; the bench layout does not suit this model"
     assert all(t.overshoot == 0 for t in traces)
-    held = [firsts[r.id] - start for r in asked if r.budget]
-    return Run(seconds, statistics.median(held))
+    thought = [at for r in asked if r.budget and (at := firsts.get(r.id)) is not None]
+    return Run(seconds, statistics.median(thought) - start, sum(t.used for t in traces))
 
 
 class Clock:
@@ -132,19 +143,21 @@ def generate(model: Any, work: Work, batch: int, pad: int) -> Run:
         assert out.shape[1] == width + most
         assert clock.first is not None
         firsts += [clock.first - start] * sum(work.budgets[i] > 0 for i in rows)
-    return Run(time.perf_counter() - start, statistics.median(firsts))
+    return Run(time.perf_counter() - start, statistics.median(firsts), work.useful)
 
 
 def pairs(left: Callable[[], Run], right: Callable[[], Run], n: int) -> dict[str, Any]:
     """Interleaved runs: how many times as fast `left` is, as median, least and largest of n pairs."""
     left(), right()  # both warm
     both = [(left(), right()) for _ in range(n)]
-    ratios = sorted(b.seconds / a.seconds for a, b in both)
+    ratios = sorted(a.rate / b.rate for a, b in both)
     return {
         "ratio": statistics.median(ratios),
         "range": [ratios[0], ratios[-1]],
         "ours_s": statistics.median(a.seconds for a, _ in both),
         "peer_s": statistics.median(b.seconds for _, b in both),
+        "ours_tok_s": statistics.median(a.rate for a, _ in both),
+        "peer_tok_s": statistics.median(b.rate for _, b in both),
         "ours_first_token_s": statistics.median(a.first for a, _ in both),
         "peer_first_token_s": statistics.median(b.first for _, b in both),
     }
@@ -198,7 +211,6 @@ def bench_nano(n: int, repeats: int) -> dict[str, Any]:
                 repeats,
             )
             got["useful_tokens"] = work.useful
-            got["ours_tok_s"], got["peer_tok_s"] = work.useful / got["ours_s"], work.useful / got["peer_s"]
             found[f"{kind}_{peer}"] = got
     return found
 
@@ -264,7 +276,6 @@ def bench_smollm2(n: int, tokens: int, repeats: int) -> dict[str, Any]:
                 lambda w=work, k=batch: generate(peer, w, k, pad),  # type: ignore[misc]
                 repeats,
             )
-            got["ours_tok_s"], got["peer_tok_s"] = work.useful / got["ours_s"], work.useful / got["peer_s"]
             found[f"{kind}_{name}"] = got
         step = step_seconds(backbone, single.prompts[0], tokens)
         held = weights if kind == "float32" else weights * INT8_BYTES
