@@ -11,7 +11,7 @@ from tests.decoding.tiny import Tiny
 
 from gnomon.base.seeds import seed_torch
 from gnomon.decoding.engine import Engine
-from gnomon.decoding.session import common_prefix
+from gnomon.decoding.prefix import common_prefix
 from gnomon.model.backbone import OwnBackbone
 from gnomon.model.decoder import Decoder, DecoderConfig
 

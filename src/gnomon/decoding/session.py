@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gnomon.base.errors import ConfigError, ModelError
 from gnomon.decoding import sampling, slack
+from gnomon.decoding.prefix import AGAIN_LEAST, common_prefix
 from gnomon.decoding.row import BudgetChoice, Row, Sink
 from gnomon.model.slots import SlotCache
 from gnomon.protocol.trace import Request, Trace
@@ -29,8 +30,6 @@ from gnomon.protocol.trace import Request, Trace
 if TYPE_CHECKING:
     from gnomon.decoding.engine import Engine
 
-SHARED_LEAST = 64  # a common beginning shorter than this is not worth a pass of its own
-AGAIN_LEAST = 8  # what stands in the spare slot already is used from here on
 _JOIN_SHARE = 8  # new rows wait until an eighth of the slots is free: a pass over one prompt wastes the machine
 
 
@@ -391,16 +390,6 @@ class Session:
         )
         for (_, row), choice in zip(rows, found, strict=True):
             row.estimate(choice)
-
-
-def common_prefix(prompts: Sequence[tuple[int, ...]], least: int = SHARED_LEAST) -> int:
-    """How many leading ids all prompts share, at least one id of each left over; 0 below `least` or for one prompt."""
-    if len(prompts) < 2:
-        return 0
-    first, last = min(prompts), max(prompts)  # what the extremes share, all share
-    longest = min(map(len, prompts)) - 1
-    shared = next((i for i in range(longest) if first[i] != last[i]), longest)
-    return shared if shared >= least else 0
 
 
 def _arrays(taps: Tensor | None) -> list[Any]:
