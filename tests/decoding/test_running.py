@@ -56,6 +56,10 @@ def test_a_running_estimate_lowers_the_cap_and_says_confidence() -> None:
     assert trace.used == first + 2 and trace.stop == "confidence" and trace.overshoot == 0
     assert [r[0] for r in trace.running] == layer.asked[: len(trace.running)] and trace.running[0] == (first, 1.0, 0.9)
     assert Trace.from_json(trace.to_json()) == trace
+    every = Engine(backbone, ATOMIC, Running(upper=90), running=True, running_every=1)
+    (often,) = every.run([replace(ASK, temperature=1.0)])
+    (seldom,) = Engine(backbone, ATOMIC, Running(upper=90), running=True).run([replace(ASK, temperature=1.0)])
+    assert [r[0] for r in often.running] == boundaries(often) and len(seldom.running) < len(often.running)
     off = Engine(backbone, ATOMIC, Running(upper=2)).run([replace(ASK, temperature=1.0)])[0]
     assert off.used == 20 and off.stop == "hard" and off.ids[: trace.think_span[1]] == trace.ids[: trace.think_span[1]]
     free = Engine(backbone, ATOMIC, Running(upper=2), running=True).run([replace(ASK, temperature=1.0, budget=None)])[0]

@@ -27,6 +27,7 @@ from gnomon.metacognition.calibration import (
 from gnomon.metacognition.config import MetacogConfig
 from gnomon.metacognition.decide import Decider, combine
 from gnomon.metacognition.heads import MetacogHeads, site_ids
+from gnomon.metacognition.native import NativeDistance
 
 N, L, C, P = 5, 3, 8, 4
 PLANS = ("direct", "steps", "verify", "decompose")
@@ -163,7 +164,8 @@ def test_unknown_outside_the_domain(heads: MetacogHeads, taps: torch.Tensor) -> 
 def test_a_distance_that_is_no_number_is_foreign(
     heads: MetacogHeads, taps: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Domain, "distance", lambda _, states: np.array([0.0, np.nan, np.inf, 0.0, np.nan]))
+    for owner, name in ((Domain, "distance"), (NativeDistance, "__call__")):
+        monkeypatch.setattr(owner, name, lambda _, states: np.array([0.0, np.nan, np.inf, 0.0, np.nan]))
     rows = Decider(heads, make_card(heads)).budget(taps, ["steps"] * N)
     assert [d.confidence is not None for d in rows] == [d.calibrated for d in rows] == [True, False, False, True, False]
     assert [d.distance for d in rows] == [0.0, None, None, 0.0, None]

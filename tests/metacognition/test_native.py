@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from gnomon.base.errors import ModelError
-from gnomon.base.seeds import seed_torch, torch_generator
+from gnomon.base.seeds import numpy_generator, seed_torch, torch_generator
+from gnomon.evaluation.calibration_fit import fit_domain
 from gnomon.metacognition.config import SITES, MetacogConfig
 from gnomon.metacognition.heads import MetacogHeads
-from gnomon.metacognition.native import NativeHeads, available
+from gnomon.metacognition.native import NativeDistance, NativeHeads, available
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -56,6 +57,15 @@ def test_native_heads_equal_the_module(options: dict[str, Any]) -> None:
         for a, c in ((got.solve_logits, want.solve_logits), (got.cost_raw, want.cost_raw)):
             assert (a is None) == (c is None) == (not options.get("values"))
             assert a is None or c is None or np.allclose(a, c.numpy(), atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+def test_native_distance_equals_the_card_s() -> None:
+    g = numpy_generator("native-distance")
+    states = 300.0 + 40.0 * g.normal(size=(400, 24))
+    domain = fit_domain(states, [str(i % 7) for i in range(400)])
+    fresh = 300.0 + 90.0 * g.normal(size=(50, 24))
+    assert np.allclose(NativeDistance(domain)(fresh), domain.distance(fresh), rtol=1e-3)
 
 
 @needs_compiler

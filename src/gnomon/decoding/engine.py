@@ -63,7 +63,8 @@ class Engine:
     decode: ids -> text for the traces (None leaves texts empty). max_think: bound on thinking where a request names no
     number (None or "predicted"); an explicit budget is only bound by the context. rules: soft rules for every sample
     (decoding.slack.factory); they may bring the close nearer, nothing else. running: let the layer estimate again at
-    boundaries, where it has learned to; it may close sooner than predicted, at a point that no card was fitted for.
+    boundaries, where it has learned to, at most once in `running_every` think tokens; it may close sooner than
+    predicted, at a point that no card was fitted for.
     """
 
     def __init__(
@@ -76,12 +77,13 @@ class Engine:
         max_think: int | None = None,
         rules: Rules | None = None,
         running: bool = False,
+        running_every: int = 16,
     ) -> None:
         if max_batch < 1:
             raise ConfigError(f"max_batch must be ≥ 1; given {max_batch}")
         self.backbone, self.layout, self.metacog = backbone, layout, metacog
         self.max_batch, self.decode, self.max_think = max_batch, decode, max_think
-        self.rules = rules
+        self.rules, self.running_every = rules, running_every
         self.running = running and metacog is not None and metacog.reads_boundaries
         tags = (layout.think, layout.end_think, layout.answer, layout.end_answer, *layout.end_think_also)
         self.long_tags = any(len(tag) > 1 for tag in tags)

@@ -82,6 +82,7 @@ class Row:
         "plan",
         "plan_probs",
         "queue",
+        "read_next",
         "request",
         "roles",
         "room",
@@ -129,6 +130,7 @@ class Row:
         self.taps: dict[str, Any] = {}
         self.boundaries: list[tuple[int, Any]] = []
         self.running: list[tuple[int, float, float | None]] = []
+        self.read_next = 0  # think tokens from which on a boundary is read again
         self.tapped = ""  # the site whose state is wanted when the present token is fed
         self.sink: Sink | None = None
         self._answer_rule = matcher(layout.end_answer)

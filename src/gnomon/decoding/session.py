@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from gnomon.base.errors import ConfigError, ModelError
 from gnomon.decoding import sampling, slack
 from gnomon.decoding.prefix import AGAIN_LEAST, common_prefix
 from gnomon.decoding.row import BudgetChoice, Row, Sink
+from gnomon.decoding.rows import arrays, joined, picked
 from gnomon.model.slots import SlotCache
 from gnomon.protocol.trace import Request, Trace
 
@@ -152,7 +153,7 @@ class Session:
         self._prompts(leaders, others, start)
         logits = self._open([*leaders, *others], start)
         self.rows += [*leaders, *others]
-        self.logits = logits if not start else torch.cat([self.logits, logits])  # type: ignore[list-item]
+        self.logits = logits if self.logits is None or not start else joined(self.logits, logits)
         self._settings = None
 
     def _next(self, free: int) -> Iterator[Row]:
@@ -194,15 +195,15 @@ class Session:
             self.cache.copy(start + place[row.request.prompt_ids], slot)
         metacog = self.engine.metacog
         choices = metacog.plan(out.taps) if metacog is not None and out.taps is not None else None
-        arrays = _arrays(out.taps) if self.record else None
+        states = arrays(out.taps) if self.record else None
         for row in (*leaders, *others):
             i = place[row.request.prompt_ids]
             if choices is not None:
                 row.wished, row.plan_probs = choices[i].plan, dict(choices[i].probs)
                 if row.request.plan == "predicted":
                     row.plan = row.wished
-            if arrays is not None:
-                row.taps["prompt"] = arrays[i]
+            if states is not None:
+                row.taps["prompt"] = states[i]
 
     def _share(self, prompts: Sequence[tuple[int, ...]]) -> int:
         """Length of a common beginning that stands in the spare slot (instruction and examples of a foreign base)."""
@@ -230,11 +231,11 @@ class Session:
         choices: Sequence[BudgetChoice | None] = [None] * len(joiners)
         if metacog is not None and out.taps is not None:
             choices = metacog.budget(out.taps, [r.plan for r in joiners], [r.wished for r in joiners])
-        arrays = _arrays(out.taps) if self.record else None
+        states = arrays(out.taps) if self.record else None
         for i, row in enumerate(joiners):
             row.begin(choices[i])
-            if arrays is not None:
-                row.taps["think"] = arrays[i]
+            if states is not None:
+                row.taps["think"] = states[i]
         assert out.logits is not None
         return self._resume(joiners, start, out.logits)
 
@@ -344,21 +345,23 @@ class Session:
 
     def _feed(self, tokens: list[int]) -> None:
         """One position for every row; reads states only where a row stands at a site."""
-        sites = [i for i, row in enumerate(self.rows) if row.tapped and self._wants(row.tapped)]
+        sites = [i for i, row in enumerate(self.rows) if row.tapped and self._wants(row)]
         out = self.backbone.extend(self.cache, [(token,) for token in tokens], taps=bool(sites))
         if sites:
             assert out.taps is not None
-            self._read(sites, out.taps[sites])
+            self._read(sites, picked(out.taps, sites))
         self.logits = out.logits
 
-    def _wants(self, site: str) -> bool:
-        return self.reads if site == "end" else self.boundaries or self.engine.running
+    def _wants(self, row: Row) -> bool:
+        if row.tapped == "end":
+            return self.reads
+        return self.boundaries or (self.engine.running and row.state.used >= row.read_next)
 
     def _read(self, sites: list[int], taps: Tensor) -> None:
         """taps [sites, L, C] of the rows that stand at an end tag or a node boundary."""
         ends = [(n, self.rows[i]) for n, i in enumerate(sites) if self.rows[i].tapped == "end"]
         if self.record or self.boundaries:
-            for i, array in zip(sites, _arrays(taps), strict=True):
+            for i, array in zip(sites, arrays(taps), strict=True):
                 row = self.rows[i]
                 if row.tapped == "end":
                     if self.record:
@@ -369,12 +372,13 @@ class Session:
         if metacog is None:
             return
         if self.engine.running:
-            self._estimate([(n, self.rows[i]) for n, i in enumerate(sites) if self.rows[i].tapped == "boundary"], taps)
+            due = [(n, self.rows[i]) for n, i in enumerate(sites) if self.rows[i].tapped == "boundary"]
+            self._estimate([(n, row) for n, row in due if row.state.used >= row.read_next], taps)
         if not ends:
             return
         known = [r.before is not None and r.before.calibrated and r.at_prediction for _, r in ends]
         after = metacog.after(
-            taps[[n for n, _ in ends]], [r.plan for _, r in ends], [r.state.used for _, r in ends], known
+            picked(taps, [n for n, _ in ends]), [r.plan for _, r in ends], [r.state.used for _, r in ends], known
         )
         for (_, row), choice in zip(ends, after, strict=True):
             row.after = choice
@@ -386,13 +390,11 @@ class Session:
             return
         known = [row.before is not None and row.before.calibrated for _, row in rows]
         found = metacog.running(
-            taps[[n for n, _ in rows]], [row.plan for _, row in rows], [row.state.used for _, row in rows], known
+            picked(taps, [n for n, _ in rows]),
+            [row.plan for _, row in rows],
+            [row.state.used for _, row in rows],
+            known,
         )
         for (_, row), choice in zip(rows, found, strict=True):
+            row.read_next = row.state.used + self.engine.running_every
             row.estimate(choice)
-
-
-def _arrays(taps: Tensor | None) -> list[Any]:
-    """[R, L, C] on any device -> float32 arrays [L, C] that own their memory."""
-    assert taps is not None, "the backbone was asked for taps and gave none"
-    return [row.copy() for row in taps.detach().float().cpu().numpy()]

@@ -78,7 +78,7 @@ class Domain(_Frozen):
         return self
 
     @cached_property
-    def _whitened(self) -> tuple[Floats, Floats]:
+    def whitened(self) -> tuple[Floats, Floats]:
         """A root R of the precision (R Rᵀ) and the centres times R: the distance is Euclidean there."""
         values, vectors = np.linalg.eigh(np.asarray(self.precision, dtype=np.float64))
         root = vectors * np.sqrt(np.maximum(values, 0.0))
@@ -86,7 +86,7 @@ class Domain(_Frozen):
 
     def distance(self, states: Floats) -> Floats:
         """States [N, C] of block `layer` -> distance [N] to the nearest centre."""
-        root, centres = self._whitened
+        root, centres = self.whitened
         gaps = (np.asarray(states, dtype=np.float64) @ root)[:, None] - centres
         return np.asarray(np.sqrt(np.square(gaps).sum(-1).min(1)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from gnomon.base.errors import ModelError, unknown
 from gnomon.metacognition.calibration import Card, Floats, clip_tokens, numbers
 from gnomon.metacognition.config import BOUNDARY, END, PROMPT, THINK_SITE
 from gnomon.metacognition.heads import MetacogHeads
-from gnomon.metacognition.native import NativeHeads, available
+from gnomon.metacognition.native import NativeDistance, NativeHeads, available
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,9 @@ class Decider:
         self.card = card
         self.plans = heads.config.plans
         self._native = NativeHeads(self.heads) if available(self.heads) else None  # a copy: heads do not change here
+        self._distance: Callable[[Floats], Floats] | None = None
+        if card is not None:
+            self._distance = card.domain.distance if self._native is None else NativeDistance(card.domain)
 
     @property
     def reads_boundaries(self) -> bool:
@@ -145,7 +148,8 @@ class Decider:
             ]
         clipped = self.card.clip_budget(raw)
         probs = self.card.confidence(logits, "before")
-        distance = self.card.domain.distance(_numpy(taps[:, self.card.domain.layer]))
+        assert self._distance is not None
+        distance = self._distance(_numpy(taps[:, self.card.domain.layer]))
         rows = []
         for i, plan in enumerate(plans):
             near = bool(distance[i] <= self.card.domain.threshold)  # a distance that is no number is foreign

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gnomon.base import native
 from gnomon.base.errors import ModelError
 from gnomon.base.native import Pointer, pointer
+from gnomon.metacognition.calibration import Domain
 from gnomon.metacognition.heads import MetacogHeads
 
 SOURCE: Final = Path(__file__).with_name("heads.c")
@@ -117,6 +118,28 @@ class NativeHeads:
             ):
                 parts[name].append(address)
         return _Heads(*sizes, *values.values(), *((Pointer * 4)(*parts[name]) for name in _HEADS))
+
+
+class NativeDistance:
+    """Domain.distance in C. Not numpy: its threads, once woken, stand in the way of the decoder's for a while."""
+
+    def __init__(self, domain: Domain) -> None:
+        lib = native.library(SOURCE)
+        assert lib is not None, "the caller asks `available` first"
+        root, centres = domain.whitened
+        self._lib, self._arrays = lib, native.Arrays(lib)
+        self._mean = np.asarray(domain.centres, dtype=np.float64).mean(0)  # float32 keeps small gaps only near zero
+        self._root = Pointer(self._arrays.packed(root.T))
+        self._centres = Pointer(self._arrays.plain(centres - np.einsum("c,cd->d", self._mean, root)))
+        self._shape = centres.shape[1], centres.shape[0]
+
+    def __call__(self, states: NDArray[np.float64]) -> NDArray[np.float64]:
+        """States [N, C] -> distance [N] to the nearest centre."""
+        near = np.ascontiguousarray(states - self._mean, dtype=np.float32)
+        found = np.empty(len(near), dtype=np.float32)
+        if not self._lib.gn_distance(len(near), *self._shape, pointer(near), self._root, self._centres, pointer(found)):
+            raise MemoryError("no memory to measure distances")
+        return found.astype(np.float64)
 
 
 def available(heads: MetacogHeads) -> bool:

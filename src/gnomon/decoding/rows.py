@@ -1,0 +1,33 @@
+"""Rows of tensors, on a CPU through numpy.
+
+A torch operation as small as picking six rows may wake torch's own threads; they spin for milliseconds on the cores
+that the compiled kernels need, and a step took twice as long (docs/log.md, 2026-11-21).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def picked(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """x [R, ...] -> the rows asked for, a copy."""
+    at = list(rows)
+    return torch.from_numpy(x.numpy()[at]) if x.device.type == "cpu" else x[at]
+
+
+def joined(above: Tensor, below: Tensor) -> Tensor:
+    """[A, ...] and [B, ...] -> [A + B, ...]."""
+    if above.device.type != "cpu":
+        return torch.cat([above, below])
+    return torch.from_numpy(np.concatenate([above.numpy(), below.numpy()]))
+
+
+def arrays(taps: Tensor | None) -> list[Any]:
+    """[R, L, C] on any device -> float32 arrays [L, C] that own their memory."""
+    assert taps is not None, "the backbone was asked for taps and gave none"
+    return [row.copy() for row in taps.detach().float().cpu().numpy()]
