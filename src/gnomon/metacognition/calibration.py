@@ -77,6 +77,15 @@ class Domain(_Frozen):
             raise ValueError("domain centres and precision disagree about the size of a state")
         return self
 
+    def __eq__(self, other: object) -> bool:
+        """By fields: what `whitened` remembers is an array and does not count."""
+        return isinstance(other, Domain) and all(
+            getattr(self, name) == getattr(other, name) for name in type(self).model_fields
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.layer, self.threshold, self.centres))
+
     @cached_property
     def whitened(self) -> tuple[Floats, Floats]:
         """A root R of the precision (R Rᵀ) and the centres times R: the distance is Euclidean there."""
