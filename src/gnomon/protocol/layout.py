@@ -21,6 +21,7 @@ class TagTokenizer(Protocol):
     end_answer: int
     plan: dict[str, int]
     kinds: dict[str, int]
+    parent: int
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Layout:
     boundary: ids that begin a node (KIND tokens) or the newline between nodes (text mode).
     end_think_also: other spellings that close the block. transition: forced before the end tag at a cut.
     empty_plans: strategies whose block the engine closes at once. banned: ids that are never sampled.
-    atomic_nodes: `boundary` ids begin a node; otherwise they end one.
+    atomic_nodes: `boundary` ids begin a node; otherwise they end one. structure: ids that belong to a thought alone and
+    are masked in an answer (a model that was cut would think on there).
     """
 
     think: tuple[int, ...]
@@ -48,6 +50,7 @@ class Layout:
     empty_plans: frozenset[str] = frozenset()
     banned: frozenset[int] = field(default=frozenset())
     atomic_nodes: bool = False
+    structure: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("think", "end_think", "end_answer"):
@@ -81,6 +84,7 @@ class Layout:
             boundary=frozenset(tok.kinds.values()),
             banned=frozenset((tok.bos, tok.pad)),
             atomic_nodes=True,
+            structure=frozenset((*tok.kinds.values(), tok.parent)),
         )
 
     def plan_ids(self, plan: str) -> tuple[int, ...]:
@@ -101,5 +105,6 @@ class Layout:
         tags = [self.think, self.answer, *self.plans.values()]
         tags += [self.end_answer] if inside else [self.end_think, *self.end_think_also]
         wanted = (self.end_think, *self.end_think_also) if inside else (self.end_answer,)
+        tags += [] if inside else [(ident,) for ident in self.structure]
         shared = {*self.banned, self.pad, *(ids[0] for ids in tags if len(ids) == 1)}
         return frozenset(shared - set(self.eos) - {i for ids in wanted for i in ids})
