@@ -59,7 +59,7 @@ class Tiny:
         self.steps += 1
         self.tapped += taps
         self.widths.append(len(tokens))
-        run = start_pass(cache, tokens, first, len(tokens), self.context)
+        run = start_pass(cache, tokens, first, self.context, len(tokens))
         b, t = run.ids.shape
         assert int((cache.lengths[first : first + b] + run.counts).max()) <= self.context
         x = self.embed[run.ids] + self.places[run.places]

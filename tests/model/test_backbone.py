@@ -141,7 +141,7 @@ def test_taps_are_the_states_after_every_block(net: Backbone) -> None:
 def test_a_pass_is_padded_and_masked_row_by_row() -> None:
     cache = TensorSlots(1, 4, 1, 10, 2, torch.zeros(1))
     cache.lengths[:] = (2, 0, 5, 0)
-    run = start_pass(cache, [(7, 8, 9), (4,)], 1, 3, context=8)
+    run = start_pass(cache, [(7, 8, 9), (4,)], 1, context=8, rows=3)
     spare = cache.capacity
     assert cache.capacity == 64 and run.view == 64 and run.start is None
     assert run.ids.tolist() == [[7, 8, 9], [4, 0, 0], [0, 0, 0]]

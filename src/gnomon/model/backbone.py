@@ -60,11 +60,6 @@ def picked(values: Tensor, run: Pass, rows: int, logits: Logits) -> Tensor:
     return values[torch.arange(rows, device=values.device), run.last[:rows]]
 
 
-def fitting_rows(cache: TensorSlots, first: int, rows: int) -> int:
-    """The bucket of `rows`, as far as there are slots behind `first`."""
-    return max(rows, min(row_bucket(rows), len(cache.lengths) - first))
-
-
 class OwnBackbone:
     """Our decoder in torch, on any device."""
 
@@ -88,7 +83,7 @@ class OwnBackbone:
         self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
     ) -> BackboneOutput:
         rows = len(tokens)
-        run = start_pass(cache, tokens, first, fitting_rows(cache, first, rows), self.context)
+        run = start_pass(cache, tokens, first, self.context)
         out = self.module(
             run.ids,
             run.places,

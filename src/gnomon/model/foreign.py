@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache
 
 from gnomon.base.errors import ModelError
-from gnomon.model.backbone import BackboneOutput, Logits, Tokens, fitting_rows, picked, row_bucket
+from gnomon.model.backbone import BackboneOutput, Logits, Tokens, picked, row_bucket
 from gnomon.model.slots import Pass, SlotCache, TensorSlots, start_pass
 
 FULL: Final = "full_attention"
@@ -90,7 +90,7 @@ class HFBackbone:
         self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
     ) -> BackboneOutput:
         rows = len(tokens)
-        run = start_pass(cache, tokens, first, fitting_rows(cache, first, rows), self.context)
+        run = start_pass(cache, tokens, first, self.context)
         with _turn(self.module), self._head_sees(run, rows, logits):
             out = self.module(
                 input_ids=run.ids,

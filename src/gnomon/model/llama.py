@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnomon.base.errors import ModelError, unknown
-from gnomon.model.backbone import BackboneOutput, Logits, Tokens, fitting_rows, picked, row_bucket
+from gnomon.model.backbone import BackboneOutput, Logits, Tokens, picked, row_bucket
 from gnomon.model.slots import Pass, SlotCache, TensorSlots, start_pass
 
 WEIGHTS: Final = ("float", "int8")
@@ -81,7 +81,7 @@ class LlamaBackbone:
         self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
     ) -> BackboneOutput:
         rows = len(tokens)
-        run = start_pass(cache, tokens, first, fitting_rows(cache, first, rows), self.context)
+        run = start_pass(cache, tokens, first, self.context)
         shape = (*run.ids.shape, self.hidden_size)
         step = self._step(run)
         x = F.embedding(run.ids.flatten(), self.module.model.embed_tokens.weight)

@@ -139,8 +139,15 @@ class Pass:
         self.cache.lengths[self.first : self.first + len(self.counts)] += self.counts
 
 
-def start_pass(cache: TensorSlots, tokens: Sequence[Sequence[int]], first: int, rows: int, context: int) -> Pass:
-    """Lay out a pass: tokens of the slots from `first` on, filled up to `rows` rows with padding."""
+def start_pass(
+    cache: TensorSlots, tokens: Sequence[Sequence[int]], first: int, context: int, rows: int | None = None
+) -> Pass:
+    """Lay out a pass: tokens of the slots from `first` on, filled up with padding to `rows` rows.
+
+    rows: by default the bucket of what is there, as far as there are slots behind `first`.
+    """
+    if rows is None:
+        rows = max(len(tokens), min(row_bucket(len(tokens)), len(cache.lengths) - first))
     device = cache.ids.device
     counts = np.array([len(t) for t in tokens] + [0] * (rows - len(tokens)), dtype=np.int32)
     width = int(counts.max())
