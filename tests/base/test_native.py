@@ -88,7 +88,7 @@ def test_a_private_folder_takes_the_place_of_an_unusable_cache(
     lib = native.library(source)
     assert lib is not None and lib.twice(21) == 42
     (private,) = room.iterdir()
-    assert private.stat().st_mode & 0o777 == 0o700 and [p.suffix for p in private.iterdir()] == [".so"]
+    assert private.stat().st_mode & 0o777 == 0o700 and {p.suffix for p in private.iterdir()} == {".so"}
     private.chmod(0o777)
     native.library.cache_clear()
     assert native.library(source) is None, "where others may write, nothing is loaded from"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gnomon.base import seeds
 from gnomon.decoding.sampling import stream_key, uniforms
-from gnomon.model.backbone import BackboneOutput, Tokens
+from gnomon.model.backbone import BackboneOutput, Taps, Tokens, stacked, wanted
 from gnomon.model.slots import TensorSlots, start_pass
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.trace import Request
@@ -54,10 +54,11 @@ class Tiny:
         return TensorSlots(2, slots, self.heads, capacity, self.hidden_size // self.heads, self.embed)
 
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: str = "last", taps: bool = False
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: str = "last", taps: Taps = False
     ) -> BackboneOutput:
         self.steps += 1
-        self.tapped += taps
+        asked = wanted(taps, len(tokens))
+        self.tapped += bool(asked)
         self.widths.append(len(tokens))
         run = start_pass(cache, tokens, first, self.context, len(tokens))
         b, t = run.ids.shape
@@ -72,7 +73,7 @@ class Tiny:
             states.append(x[torch.arange(b), run.last])
         run.advance(t)
         found = None if logits == "none" else norm(states[-1]) @ self.unembed + self.bias
-        return BackboneOutput(found, torch.stack(states, 1) if taps else None)
+        return BackboneOutput(found, stacked(states, asked))
 
 
 def norm(x: Tensor) -> Tensor:

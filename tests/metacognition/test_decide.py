@@ -27,7 +27,7 @@ from gnomon.metacognition.calibration import (
 from gnomon.metacognition.config import MetacogConfig
 from gnomon.metacognition.decide import Decider, combine
 from gnomon.metacognition.heads import MetacogHeads, site_ids
-from gnomon.metacognition.native import NativeDistance
+from gnomon.metacognition.readers import TorchReader
 
 N, L, C, P = 5, 3, 8, 4
 PLANS = ("direct", "steps", "verify", "decompose")
@@ -164,9 +164,10 @@ def test_unknown_outside_the_domain(heads: MetacogHeads, taps: torch.Tensor) -> 
 def test_a_distance_that_is_no_number_is_foreign(
     heads: MetacogHeads, taps: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for owner, name in ((Domain, "distance"), (NativeDistance, "__call__")):
-        monkeypatch.setattr(owner, name, lambda _, states: np.array([0.0, np.nan, np.inf, 0.0, np.nan]))
-    rows = Decider(heads, make_card(heads)).budget(taps, ["steps"] * N)
+    said = [[3.0, 4.0, 0.5, 0.0, distance] for distance in (0.0, math.nan, math.inf, 0.0, math.nan)]
+    decider = Decider(heads, make_card(heads))
+    monkeypatch.setattr(decider.reader, "budget", lambda taps: said)
+    rows = decider.budget(taps, ["steps"] * N)
     assert [d.confidence is not None for d in rows] == [d.calibrated for d in rows] == [True, False, False, True, False]
     assert [d.distance for d in rows] == [0.0, None, None, 0.0, None]
 
@@ -178,7 +179,7 @@ def test_broken_states_are_told_and_never_a_budget(heads: MetacogHeads, taps: to
     for card in (None, make_card(heads, running=RUNNING)):
         decider = Decider(heads, card)
         if not native:
-            decider._native = None
+            decider.reader = TorchReader(heads, card)
         reads = [lambda d: d.plan(taps), lambda d: d.budget(taps, plans), lambda d: d.after(taps, plans, used)]
         for read in (*reads, *([lambda d: d.running(taps, plans, used)] if card else [])):
             with pytest.raises(ModelError, match="the heads gave no number .* the base's states are broken"):

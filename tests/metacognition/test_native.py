@@ -1,4 +1,4 @@
-"""The heads in C against MetacogHeads, for every shape that a config can ask for."""
+"""Heads and card in C against their definition, for every shape that a config can ask for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ import pytest
 import torch
 
 from gnomon.base.errors import ModelError
-from gnomon.base.seeds import numpy_generator, seed_torch, torch_generator
+from gnomon.base.seeds import seed_torch, torch_generator
 from gnomon.evaluation.calibration_fit import fit_domain
-from gnomon.metacognition.config import SITES, MetacogConfig
+from gnomon.metacognition.calibration import (
+    BudgetClip,
+    Card,
+    Fitted,
+    Quality,
+    Running,
+    Shifts,
+    Temperatures,
+)
+from gnomon.metacognition.config import MetacogConfig
 from gnomon.metacognition.heads import MetacogHeads
-from gnomon.metacognition.native import NativeDistance, NativeHeads, available
+from gnomon.metacognition.native import NativeReader, available
+from gnomon.metacognition.readers import TorchReader
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -39,42 +49,78 @@ def heads(**options: Any) -> MetacogHeads:
 needs_compiler = pytest.mark.skipif(not available(heads()), reason="no C compiler on this machine")
 
 
+def card_of(module: MetacogHeads, taps: torch.Tensor, price: float | None) -> Card:
+    """A card with a number of its own in every place."""
+    states = taps[:, 2].double().numpy()
+    quality = Quality(n=10, ece=0.02, brier=0.1, auroc=0.9)
+    plans = module.config.plans
+    return Card(
+        weights=module.fingerprint(),
+        plans=plans,
+        cost_order=plans[::-1],
+        plan_threshold=0.6,
+        plan_price=price,
+        temperature=Temperatures(before=2.0, after=0.5),
+        shift=Shifts(before=0.3, after=-0.2),
+        budget_clip=BudgetClip(tested_offset=0.4, level=0.8, operating_offset=0.25, n=100),
+        domain=fit_domain(states, [str(i % 7) for i in range(len(states))]).model_copy(update={"layer": 2}),
+        fitted_plans=plans,
+        running=Running(offset=0.3, level=0.95, temperature=1.5, shift=0.5, n=100),
+        fitted=Fitted(dataset="all", stream="cal", n=10, before=quality, after=quality),
+    )
+
+
 @needs_compiler
+@pytest.mark.parametrize("price", [None, 0.004])
+@pytest.mark.parametrize("with_card", [True, False])
 @pytest.mark.parametrize("options", SHAPES, ids=str)
-def test_native_heads_equal_the_module(options: dict[str, Any]) -> None:
+def test_what_is_read_in_c_is_what_heads_and_card_say(
+    options: dict[str, Any], with_card: bool, price: float | None
+) -> None:
     module = heads(**options)
-    fast = NativeHeads(module)
-    taps = 3.0 * torch.randn(9, 5, 33, generator=torch_generator("native-taps"))
-    used = torch.arange(9.0) * 11
-    for site in range(len(SITES)):
-        with torch.no_grad():
-            want = module(taps, torch.full((9,), site), used)
-        got = fast(taps, site, used)
-        for a, b in ((got.plan_logits, want.plan_logits), (got.budget_raw, want.budget_raw)):
-            assert np.allclose(a, b.numpy(), atol=1e-4, rtol=1e-4)
-        assert np.allclose(got.conf_raw, want.conf_raw.numpy(), atol=1e-4, rtol=1e-4)
-        assert np.allclose(got.g, want.g.numpy(), atol=1e-4, rtol=1e-4)
-        for a, c in ((got.solve_logits, want.solve_logits), (got.cost_raw, want.cost_raw)):
-            assert (a is None) == (c is None) == (not options.get("values"))
-            assert a is None or c is None or np.allclose(a, c.numpy(), atol=1e-4, rtol=1e-4)
+    taps = 300.0 + 3.0 * torch.randn(211, 5, 33, generator=torch_generator("native-taps"))
+    module.trunk.mean.add_(300.0)
+    card = card_of(module, taps, price) if with_card else None
+    fast, slow = NativeReader(module, card), TorchReader(module, card)
+    used = [11 * i for i in range(211)]
+    said = [
+        (fast.plan(taps), slow.plan(taps)),
+        (fast.budget(taps), slow.budget(taps)),
+        (fast.after(taps, used), slow.after(taps, used)),
+    ]
+    if card is not None:
+        said.append((fast.running(taps, used), slow.running(taps, used)))
+    for place, (got, want) in enumerate(said):
+        a, b = np.asarray(got), np.asarray(want)
+        whole = 0 if place == 0 else 1  # a chosen plan, a number of tokens: equal but for ties and roundings
+        if place != 2:
+            assert (np.abs(a[:, whole] - b[:, whole]) > 1).mean() <= 0.01 and (a[:, whole] != b[:, whole]).mean() < 0.02
+            a, b = np.delete(a, whole, 1), np.delete(b, whole, 1)
+        assert np.allclose(a, b, atol=2e-4, rtol=2e-4, equal_nan=True), place
 
 
 @needs_compiler
-def test_native_distance_equals_the_card_s() -> None:
-    g = numpy_generator("native-distance")
-    states = 300.0 + 40.0 * g.normal(size=(400, 24))
-    domain = fit_domain(states, [str(i % 7) for i in range(400)])
-    fresh = 300.0 + 90.0 * g.normal(size=(50, 24))
-    assert np.allclose(NativeDistance(domain)(fresh), domain.distance(fresh), rtol=1e-3)
+def test_the_first_plan_in_cost_order_that_reaches_the_threshold_or_the_last() -> None:
+    module = heads()
+    taps = torch.randn(300, 5, 33, generator=torch_generator("native-thresholds"))
+    for threshold in (1e-9, 0.3, 0.9, 1.0):
+        card = card_of(module, taps, None).model_copy(update={"plan_threshold": threshold})
+        got = [int(row[0]) for row in NativeReader(module, card).plan(taps)]
+        assert got == [int(row[0]) for row in TorchReader(module, card).plan(taps)]
+        assert threshold not in (1e-9, 1.0) or set(got) == {3 if threshold < 0.5 else 0}
 
 
 @needs_compiler
-def test_a_row_does_not_depend_on_its_company_and_used_defaults_to_zero() -> None:
-    fast = NativeHeads(heads())
+def test_a_row_does_not_depend_on_its_company() -> None:
+    module = heads(values=True)
     taps = torch.randn(6, 5, 33, generator=torch_generator("native-company"))
-    whole = fast(taps, 1)
+    fast = NativeReader(module, card_of(module, torch.randn(60, 5, 33), 0.01))
+    used = [3, 9, 0, 40, 2, 7]
+    whole = fast.plan(taps), fast.budget(taps), fast.after(taps, used), fast.running(taps, used)
     for i in range(6):
-        one = fast(taps[i : i + 1], 1, torch.zeros(1))
-        assert all(a is None or np.array_equal(a[0], b[i]) for a, b in zip(one, whole, strict=True))
+        one, mine = taps[i : i + 1], used[i : i + 1]
+        alone = fast.plan(one), fast.budget(one), fast.after(one, mine), fast.running(one, mine)
+        assert [said[0] for said in alone] == [said[i] for said in whole]
+    assert fast.after(taps[::2], used[::2]) == [whole[2][i] for i in (0, 2, 4)], "strides are followed"
     with pytest.raises(ModelError, match=r"taps must be \[N, 5, 33\]"):
-        fast(taps[:, :4], 1)
+        fast.plan(taps[:, :4])

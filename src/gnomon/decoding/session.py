@@ -346,10 +346,10 @@ class Session:
     def _feed(self, tokens: list[int]) -> None:
         """One position for every row; reads states only where a row stands at a site."""
         sites = [i for i, row in enumerate(self.rows) if row.tapped and self._wants(row)]
-        out = self.backbone.extend(self.cache, [(token,) for token in tokens], taps=bool(sites))
+        out = self.backbone.extend(self.cache, [(token,) for token in tokens], taps=sites)
         if sites:
             assert out.taps is not None
-            self._read(sites, picked(out.taps, sites))
+            self._read(sites, out.taps)
         self.logits = out.logits
 
     def _wants(self, row: Row) -> bool:

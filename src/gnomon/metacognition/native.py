@@ -1,22 +1,24 @@
-"""The heads in C (`heads.c`) for decoding on a CPU: a read of a few rows costs tens of microseconds, not a thousand.
+"""Heads and card in C (`heads.c`) for decoding on a CPU: a read of a few rows costs tens of microseconds.
 
-Legend: N rows, A tapped layers of the backbone, C hidden size, K plans, P proj_dim.
+Legend: N rows, A tapped layers of the backbone, C hidden size, K plans.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor, nn
 
 from gnomon.base import native
 from gnomon.base.errors import ModelError
-from gnomon.base.native import Pointer, pointer
-from gnomon.metacognition.calibration import Domain
+from gnomon.base.native import Pointer
+from gnomon.metacognition.calibration import Card, numbers
+from gnomon.metacognition.config import BOUNDARY, END, PROMPT, SITES, THINK_SITE
 from gnomon.metacognition.heads import MetacogHeads
 
 SOURCE: Final = Path(__file__).with_name("heads.c")
@@ -26,7 +28,8 @@ _ARRAYS: Final = (
     "norm_bias", "query", "prior",
 )  # fmt: skip
 _HEADS: Final = ("hidden_w", "hidden_b", "last_w", "last_b")
-Floats = NDArray[np.float32]
+_WIDTHS: Final = ((THINK_SITE, 5), (END, 2), (BOUNDARY, 4))  # numbers a row
+Numbers = list[float]
 
 
 class _Heads(ctypes.Structure):
@@ -34,50 +37,84 @@ class _Heads(ctypes.Structure):
                 *((n, Pointer * 4) for n in _HEADS)]  # fmt: skip
 
 
-class Reading(NamedTuple):
-    """plan_logits [N, K], budget_raw [N] in log1p(tokens), conf_raw [N] logit, g [N, P]; float32.
+class _Card(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_int32) for n in ("present", "layer", "centres")),
+                *((n, Pointer) for n in ("order", "root", "centre", "mean")),
+                *((n, ctypes.c_double) for n in ("threshold", "price")),
+                *((n, ctypes.c_double * len(SITES)) for n in ("temperature", "shift", "offset"))]  # fmt: skip
 
-    solve_logits, cost_raw [N, K]: None where the heads have no values.
+
+class NativeReader:
+    """`readers.TorchReader` with weights and card copied into `heads.c`, one call a read.
+
+    Raises ModelError where there is no compiled kernel.
     """
 
-    plan_logits: Floats
-    budget_raw: Floats
-    conf_raw: Floats
-    g: Floats
-    solve_logits: Floats | None = None
-    cost_raw: Floats | None = None
-
-
-class NativeHeads:
-    """MetacogHeads with its weights copied into `heads.c`. Raises ModelError where there is no compiled kernel."""
-
-    def __init__(self, heads: MetacogHeads) -> None:
+    def __init__(self, heads: MetacogHeads, card: Card | None) -> None:
         lib = native.library(SOURCE)
         if lib is None or heads.layer_index.device.type != "cpu":
-            raise ModelError("the compiled heads are not available here; use MetacogHeads")
-        self._lib, self._arrays, config = lib, native.Arrays(lib), heads.config
-        self.shape = config.n_layers, config.hidden_size
-        self.plans, self.proj, self.values = config.n_plans, config.proj_dim, config.values
+            raise ModelError("the compiled heads are not available here; use TorchReader")
+        self._arrays, config = native.Arrays(lib), heads.config
+        self._tail = (config.n_layers, config.hidden_size)
         self._index = np.asarray(config.used_layers, dtype=np.int32)
-        self._struct = self._build(heads)
+        self._rows = {site: ctypes.c_double * n for site, n in ((PROMPT, 1 + config.n_plans), *_WIDTHS)}
+        self._call = lib.gn_read
+        self._call.argtypes = [*[Pointer] * 2, *[ctypes.c_int] * 2, *[Pointer] * 3, *[ctypes.c_int] * 2]
+        self._heads = self._build(heads)
+        self._card = _Card() if card is None else self._build_card(card)
+        self._fixed = ctypes.addressof(self._heads), ctypes.addressof(self._card)
 
-    def __call__(self, taps: Tensor, site: int, used: Tensor | None = None) -> Reading:
-        """taps float32 [N, A, C] at one site, used [N] tokens (default 0) -> Reading."""
-        if taps.ndim != 3 or tuple(taps.shape[1:]) != self.shape:
-            raise ModelError(f"taps must be [N, {self.shape[0]}, {self.shape[1]}], got {list(taps.shape)}")
-        states = np.ascontiguousarray(taps.numpy(), dtype=np.float32)
-        n = len(states)
-        sites = np.full(n, site, dtype=np.int32)
-        tokens = np.zeros(n, dtype=np.float32) if used is None else np.log1p(np.maximum(used.float().numpy(), 0.0))
-        shapes = ((n, self.plans), (n,), (n,), (n, self.proj), (n, 2 * self.plans))
-        out = [np.empty(shape, dtype=np.float32) for shape in shapes]
-        done = self._lib.gn_heads(
-            ctypes.byref(self._struct), n, pointer(states), pointer(sites), pointer(tokens), *map(pointer, out)
-        )
+    def plan(self, taps: Tensor) -> list[Numbers]:
+        """taps [N, A, C] -> [chosen, probability of each plan] a row."""
+        return self._read(taps, PROMPT)
+
+    def budget(self, taps: Tensor) -> list[Numbers]:
+        """taps [N, A, C] -> [expected tokens, clipped, confidence, its logit, distance] a row; NaN without a card."""
+        return self._read(taps, THINK_SITE)
+
+    def after(self, taps: Tensor, used: Sequence[int]) -> list[Numbers]:
+        """taps [N, A, C], used [N] tokens -> [confidence, its logit] a row; NaN without a card."""
+        return self._read(taps, END, used)
+
+    def running(self, taps: Tensor, used: Sequence[int]) -> list[Numbers]:
+        """taps [N, A, C], used [N] tokens -> [expected remainder, upper bound, confidence, its logit] a row."""
+        return self._read(taps, BOUNDARY, used)
+
+    def _read(self, taps: Tensor, site: int, used: Sequence[int] | None = None) -> list[Numbers]:
+        n, *tail = taps.shape
+        if tuple(tail) != self._tail:
+            raise ModelError(f"taps must be [N, {self._tail[0]}, {self._tail[1]}], got {list(taps.shape)}")
+        if taps.dtype != torch.float32 or not taps.is_contiguous() or not taps.is_cpu:
+            taps = taps.float().cpu().contiguous()
+        tokens = None if used is None else (ctypes.c_float * n)(*used)
+        row = self._rows[site]
+        out = (row * n)()
+        done = self._call(*self._fixed, site, n, taps.data_ptr(), tokens, out, row._length_, torch.get_num_threads())
         if not done:
             raise MemoryError("no memory to read the heads")
-        *rest, values = out
-        return Reading(*rest, *np.split(values, 2, axis=1)) if self.values else Reading(*rest)
+        if done < 0:
+            numbers(np.asarray(np.nan))
+        return [list(found) for found in out]
+
+    def _build_card(self, card: Card) -> _Card:
+        """The card as a structure; temperatures, shifts and offsets by site."""
+        root, centres = card.domain.whitened
+        self._mean = np.asarray(card.domain.centres, dtype=np.float64).mean(0)
+        self._order = np.asarray([card.plans.index(p) for p in card.cost_order], dtype=np.int32)
+        running, n = card.running, len(SITES)
+        heat, shift, offset = [1.0] * n, [0.0] * n, [0.0] * n
+        heat[THINK_SITE], heat[END] = card.temperature.before, card.temperature.after
+        shift[THINK_SITE], shift[END] = card.shift.before, card.shift.after
+        offset[THINK_SITE] = card.budget_clip.operating_offset
+        if running is not None:
+            heat[BOUNDARY], shift[BOUNDARY], offset[BOUNDARY] = running.temperature, running.shift, running.offset
+        by_site = ctypes.c_double * n
+        return _Card(
+            1, card.domain.layer, len(centres), self._order.ctypes.data, self._arrays.packed(root.T),
+            self._arrays.plain(centres - np.einsum("c,cd->d", self._mean, root)), self._mean.ctypes.data,
+            card.plan_threshold, -1.0 if card.plan_price is None else card.plan_price,
+            by_site(*heat), by_site(*shift), by_site(*offset),
+        )  # fmt: skip
 
     def _build(self, heads: MetacogHeads) -> _Heads:
         c, trunk, aggregator = heads.config, heads.trunk, heads.aggregator
@@ -120,28 +157,6 @@ class NativeHeads:
         return _Heads(*sizes, *values.values(), *((Pointer * 4)(*parts[name]) for name in _HEADS))
 
 
-class NativeDistance:
-    """Domain.distance in C. Not numpy: its threads, once woken, stand in the way of the decoder's for a while."""
-
-    def __init__(self, domain: Domain) -> None:
-        lib = native.library(SOURCE)
-        assert lib is not None, "the caller asks `available` first"
-        root, centres = domain.whitened
-        self._lib, self._arrays = lib, native.Arrays(lib)
-        self._mean = np.asarray(domain.centres, dtype=np.float64).mean(0)  # float32 keeps small gaps only near zero
-        self._root = Pointer(self._arrays.packed(root.T))
-        self._centres = Pointer(self._arrays.plain(centres - np.einsum("c,cd->d", self._mean, root)))
-        self._shape = centres.shape[1], centres.shape[0]
-
-    def __call__(self, states: NDArray[np.float64]) -> NDArray[np.float64]:
-        """States [N, C] -> distance [N] to the nearest centre."""
-        near = np.ascontiguousarray(states - self._mean, dtype=np.float32)
-        found = np.empty(len(near), dtype=np.float32)
-        if not self._lib.gn_distance(len(near), *self._shape, pointer(near), self._root, self._centres, pointer(found)):
-            raise MemoryError("no memory to measure distances")
-        return found.astype(np.float64)
-
-
 def available(heads: MetacogHeads) -> bool:
-    """Whether `NativeHeads` can serve these heads here."""
+    """Whether `NativeReader` can serve these heads here."""
     return heads.layer_index.device.type == "cpu" and native.library(SOURCE) is not None

@@ -18,12 +18,13 @@ from gnomon.model.slots import Pass, SlotCache, TensorSlots, row_bucket, start_p
 
 Logits = Literal["last", "all", "none"]
 Tokens = Sequence[Sequence[int]]
+Taps = bool | Sequence[int]  # rows whose states are wanted; True: all
 
 
 @dataclass
 class BackboneOutput:
     """logits float32: [R, V] of each row's last token ("last"), [sum of tokens, V] row after row ("all") or None;
-    taps float32 [R, L, C]: the state of every block at each row's last token, or None."""
+    taps float32 [W, L, C]: the state of every block at the last token of each wanted row, or None."""
 
     logits: Tensor | None
     taps: Tensor | None
@@ -45,7 +46,7 @@ class Backbone(Protocol):
         """Empty slots for at most `capacity` positions each."""
 
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
     ) -> BackboneOutput:
         """Append tokens[r] (one or more ids each) to slot first + r. The caller keeps within capacity and context."""
 
@@ -58,6 +59,21 @@ def picked(values: Tensor, run: Pass, rows: int, logits: Logits) -> Tensor:
     if values.shape[1] == 1:
         return values[:rows, 0]
     return values[torch.arange(rows, device=values.device), run.last[:rows]]
+
+
+def wanted(taps: Taps, rows: int) -> Sequence[int]:
+    """The rows whose states are asked for."""
+    if isinstance(taps, bool):
+        return range(rows) if taps else ()
+    return taps
+
+
+def stacked(states: Sequence[Tensor], asked: Sequence[int]) -> Tensor | None:
+    """States [R, C] of every block -> float32 [W, L, C] of the rows asked for."""
+    if not asked:
+        return None
+    found = torch.stack(list(states), 1).float()
+    return found if list(asked) == list(range(len(found))) else found[list(asked)]
 
 
 class OwnBackbone:
@@ -80,9 +96,9 @@ class OwnBackbone:
 
     @torch.inference_mode()
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
     ) -> BackboneOutput:
-        rows = len(tokens)
+        rows, asked = len(tokens), wanted(taps, len(tokens))
         run = start_pass(cache, tokens, first, self.context)
         out = self.module(
             run.ids,
@@ -90,9 +106,8 @@ class OwnBackbone:
             run.mask,
             run,
             previous=run.previous(self.module.config.before),
-            want_states=taps,
+            want_states=bool(asked),
             logits="none",
         )
         scores = None if logits == "none" else self.module.unembed(picked(out.hidden, run, rows, logits)).float()
-        states = torch.stack([picked(s, run, rows, "last") for s in out.states], 1).float() if taps else None
-        return BackboneOutput(scores, states)
+        return BackboneOutput(scores, stacked([picked(s, run, rows, "last") for s in out.states], asked))

@@ -7,8 +7,9 @@
    is in the step, with how a row is cut into steps or with the number of threads. model/decoder.py is the definition;
    tests/model/test_native.py holds this file to it. Rows are dealt to threads, so no thread waits for another. */
 
+#include <stdatomic.h>
+
 #include "attention.h"
-#include "pool.h"
 
 #define EPS 1e-6f
 #define GROUP 128 /* tokens of several rows that pass through all layers together, so that activations stay in caches */
@@ -246,9 +247,9 @@ static void collapse(const Shape *s, const float *x, float *to) {
 }
 
 /* A group of rows through the net. logits [rows, V] of each row's last token, or of every token where `every`; taps
-   [rows, L, C] of each row's last token; either may be NULL. */
+   [wanted, L, C] of the last tokens of the rows whose tap_at [rows] is not -1; either may be NULL. */
 static void group(const Model *model, Cache *cache, Scratch *w, int rows, const int32_t *slots, const int32_t *counts,
-                  const int32_t *ids, int M, int every, float *logits, float *taps) {
+                  const int32_t *ids, int M, int every, float *logits, float *taps, const int32_t *tap_at) {
   const Shape *s = &model->s;
   const int C = s->channels, n = s->streams, P = coefficient_count(s), F = s->ffn * C;
   inputs(model, cache, w, rows, slots, counts, ids);
@@ -265,7 +266,7 @@ static void group(const Model *model, Cache *cache, Scratch *w, int rows, const 
     if (taps)
       for (int r = 0, m = -1; r < rows; r++) {
         m += counts[r];
-        collapse(s, w->x + (int64_t)m * n * C, taps + ((int64_t)r * s->layers + l) * C);
+        if (tap_at[r] >= 0) collapse(s, w->x + (int64_t)m * n * C, taps + ((int64_t)tap_at[r] * s->layers + l) * C);
       }
   }
   if (logits) {
@@ -290,6 +291,7 @@ typedef struct { /* one call of gn_step, cut into chunks of neighbouring rows */
   const int32_t *first, *token; /* [chunks + 1]: first row and first token of every chunk */
   int every;
   float *logits, *taps;
+  const int32_t *tap_at;
   atomic_int failed;
 } Job;
 
@@ -305,14 +307,14 @@ static void chunk(void *all, int c) {
   }
   group(job->model, job->cache, &w, rows, job->slots + row, job->counts + row, job->ids + token, (int)M, job->every,
         job->logits ? job->logits + (job->every ? token : row) * s->vocab : NULL,
-        job->taps ? job->taps + (int64_t)row * s->layers * s->channels : NULL);
+        job->taps, job->taps ? job->tap_at + row : NULL);
   free(w.x);
 }
 
 /* R rows: slots [R] (all different), counts [R] >= 1 new tokens each, ids flat; see `group` for the rest.
    Returns 0 when memory ran out. */
 int gn_step(const Model *model, Cache *cache, int rows, const int32_t *slots, const int32_t *counts, const int32_t *ids,
-            int every, float *logits, float *taps, int threads) {
+            int every, float *logits, float *taps, const int32_t *tap_at, int threads) {
   int64_t total = 0;
   for (int r = 0; r < rows; r++) total += counts[r];
   /* One chunk a thread, because every chunk reads all weights once more; but no more than GROUP tokens in one. */
@@ -331,7 +333,7 @@ int gn_step(const Model *model, Cache *cache, int rows, const int32_t *slots, co
     token += counts[r];
   }
   cut[chunks] = rows, cut[rows + 1 + chunks] = (int32_t)token;
-  Job job = {model, cache, slots, counts, ids, cut, cut + rows + 1, every, logits, taps, 0};
+  Job job = {model, cache, slots, counts, ids, cut, cut + rows + 1, every, logits, taps, tap_at, 0};
   pool_run(chunk, &job, chunks, threads);
   free(cut);
   return !atomic_load(&job.failed);

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache
 
 from gnomon.base.errors import ModelError
-from gnomon.model.backbone import BackboneOutput, Logits, Tokens, picked, row_bucket
+from gnomon.model.backbone import BackboneOutput, Logits, Taps, Tokens, picked, row_bucket, stacked, wanted
 from gnomon.model.slots import Pass, SlotCache, TensorSlots, start_pass
 
 FULL: Final = "full_attention"
@@ -87,9 +87,9 @@ class HFBackbone:
 
     @torch.inference_mode()
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
     ) -> BackboneOutput:
-        rows = len(tokens)
+        rows, asked = len(tokens), wanted(taps, len(tokens))
         run = start_pass(cache, tokens, first, self.context)
         with _turn(self.module), self._head_sees(run, rows, logits):
             out = self.module(
@@ -98,12 +98,12 @@ class HFBackbone:
                 position_ids=run.places,
                 past_key_values=_PassCache(run),
                 use_cache=True,
-                output_hidden_states=taps,
+                output_hidden_states=bool(asked),
             )
         run.advance(run.ids.shape[1])
-        states = [picked(s, run, rows, "last") for s in out.hidden_states[1:]] if taps else []
+        states = [picked(s, run, rows, "last") for s in out.hidden_states[1:]] if asked else []
         scores = None if logits == "none" else out.logits[0].float()
-        return BackboneOutput(scores, torch.stack(states, 1).float() if taps else None)
+        return BackboneOutput(scores, stacked(states, asked))
 
     @contextmanager
     def _head_sees(self, run: Pass, rows: int, logits: Logits) -> Any:

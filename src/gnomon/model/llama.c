@@ -9,10 +9,11 @@
    float32 where the model keeps them (dense.h), or int8 (int8.h) with activations rounded to 16 bits for every product.
    The model of transformers is the definition; tests/model/test_llama_native.py holds this file to it. */
 
+#include <stdatomic.h>
+
 #include "attention.h"
 #include "dense.h"
 #include "int8.h"
-#include "pool.h"
 
 #define GROUP 128 /* tokens that pass through all layers together, so that activations stay in caches */
 #define TILE 32   /* outputs of a chunk of work: two units, or one int8 panel, and a block of rounded activations */
@@ -268,7 +269,7 @@ static float *pass_room(Pass *p, int64_t M, int64_t wanted) {
   return last;
 }
 
-/* The final norm, the last entry of taps and the head, for the states of all wanted tokens. owner: see gn_step. */
+/* The final norm, the last entry of taps and the head, for the states of all wanted tokens; owner: places in taps. */
 static void finish(Pass *p, const float *last, const int32_t *owner, int wanted, int most, float *logits, float *taps) {
   const Shape *s = &p->model->s;
   const int64_t C = s->channels;
@@ -284,17 +285,17 @@ static void finish(Pass *p, const float *last, const int32_t *owner, int wanted,
 }
 
 /* R rows: slots [R] (all different), counts [R] >= 1 new tokens each, ids flat. logits [R, V] of each row's last token,
-   or [tokens, V] where `every`; taps [R, L, C] of each row's last token; either may be NULL.
+   or [tokens, V] where `every`; taps [W, L, C] of the last tokens of the rows whose tap_at [R] is not -1; either NULL.
    Returns 0 when memory ran out. */
 int gn_step(const Model *model, Cache *cache, int rows, const int32_t *slots, const int32_t *counts, const int32_t *ids,
-            int every, float *logits, float *taps, int threads) {
+            int every, float *logits, float *taps, const int32_t *tap_at, int threads) {
   const Shape *s = &model->s;
   const int64_t C = s->channels;
   int64_t total = 0;
   for (int r = 0; r < rows; r++) total += counts[r];
   const int wanted = logits || taps ? (every ? (int)total : rows) : 0, most = total < GROUP ? (int)total : GROUP;
   Pass p = {.model = model, .cache = cache, .threads = threads};
-  int32_t *owner = malloc(sizeof(int32_t) * ((size_t)wanted + 1)); /* wanted token -> its row if it is the last one */
+  int32_t *owner = malloc(sizeof(int32_t) * ((size_t)wanted + 1)); /* wanted token -> its place in taps, or -1 */
   float *last = pass_room(&p, most, wanted), *kept = last;
   if (!last || !owner) {
     free(last), free(owner);
@@ -314,14 +315,15 @@ int gn_step(const Model *model, Cache *cache, int rows, const int32_t *slots, co
       layer(&p, !wanted && p.index == s->layers - 1);
       for (int m = 0, r = first, t = begin; taps && p.index < s->layers - 1 && m < p.M; m++)
         if (++t == counts[r]) {
-          memcpy(taps + ((int64_t)r * s->layers + p.index) * C, p.x + m * C, sizeof(float) * C);
+          if (tap_at[r] >= 0)
+            memcpy(taps + ((int64_t)tap_at[r] * s->layers + p.index) * C, p.x + m * C, sizeof(float) * C);
           t = 0, r++;
         }
     }
     for (int m = 0, r = first, t = begin; wanted && m < p.M; m++) {
       const int end = ++t == counts[r];
       if (end || every) {
-        owner[found++] = end ? r : -1;
+        owner[found++] = end && taps ? tap_at[r] : -1;
         memcpy(kept, p.x + m * C, sizeof(float) * C);
         kept += C;
       }

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnomon.base.errors import ModelError, unknown
-from gnomon.model.backbone import BackboneOutput, Logits, Tokens, picked, row_bucket
+from gnomon.model.backbone import BackboneOutput, Logits, Taps, Tokens, picked, row_bucket, stacked, wanted
 from gnomon.model.slots import Pass, SlotCache, TensorSlots, start_pass
 
 WEIGHTS: Final = ("float", "int8")
@@ -78,9 +78,9 @@ class LlamaBackbone:
 
     @torch.inference_mode()
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
     ) -> BackboneOutput:
-        rows = len(tokens)
+        rows, asked = len(tokens), wanted(taps, len(tokens))
         run = start_pass(cache, tokens, first, self.context)
         shape = (*run.ids.shape, self.hidden_size)
         step = self._step(run)
@@ -90,13 +90,13 @@ class LlamaBackbone:
             x += block.out(self._attend(block.qkv(self._norm(x, block.attention_gain)), cache.store[index], step))
             gate, up = block.gate_up(self._norm(x, block.mlp_gain)).chunk(2, -1)
             x += block.down(F.silu(gate).mul_(up))
-            if taps and index + 1 < self.n_layers:
+            if asked and index + 1 < self.n_layers:
                 states.append(picked(x.view(shape), run, rows, "last").clone())
         run.advance(shape[1])
         hidden = self._norm(x, self.module.model.norm.weight).view(shape)
-        if taps:
+        if asked:
             states.append(picked(hidden, run, rows, "last"))
-        return BackboneOutput(self._scores(hidden, run, rows, logits), torch.stack(states, 1) if taps else None)
+        return BackboneOutput(self._scores(hidden, run, rows, logits), stacked(states, asked))
 
     def _scores(self, hidden: Tensor, run: Pass, rows: int, logits: Logits) -> Tensor | None:
         if logits == "none":

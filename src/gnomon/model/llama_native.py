@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gnomon.base import native
 from gnomon.base.errors import ModelError
 from gnomon.base.native import Pointer
-from gnomon.model.backbone import BackboneOutput, Logits, Tokens
+from gnomon.model.backbone import BackboneOutput, Logits, Taps, Tokens
 from gnomon.model.llama import check_weights, unsupported
 from gnomon.model.native import NativeSlots, run_step
 
@@ -82,7 +82,7 @@ class NativeLlama:
         return NativeSlots(self.n_layers, slots, self._heads, capacity, self._size)
 
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
     ) -> BackboneOutput:
         return run_step(self._lib, self._model, self, cache, tokens, first, logits, taps)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gnomon.base import native
 from gnomon.base.errors import ModelError
 from gnomon.base.native import Pointer, pointer
-from gnomon.model.backbone import BackboneOutput, Logits, OwnBackbone, Tokens
+from gnomon.model.backbone import BackboneOutput, Logits, OwnBackbone, Taps, Tokens, wanted
 from gnomon.model.decoder import Decoder
 from gnomon.model.hyper import HyperConnection
 from gnomon.model.slots import rounded
@@ -102,7 +102,7 @@ class NativeSlots:
 
 
 def run_step(
-    lib: ctypes.CDLL, model: Any, net: Any, cache: NativeSlots, tokens: Tokens, first: int, logits: Logits, taps: bool
+    lib: ctypes.CDLL, model: Any, net: Any, cache: NativeSlots, tokens: Tokens, first: int, logits: Logits, taps: Taps
 ) -> BackboneOutput:
     """One call of a kernel's `gn_step`; `net` says context, vocabulary and the shape of taps. As Backbone.extend."""
     rows = len(tokens)
@@ -116,15 +116,20 @@ def run_step(
         raise AssertionError("no room for these tokens")
     if ids.min() < 0 or ids.max() >= net.vocab_size:
         raise AssertionError("an id is not in the vocabulary")
-    scores = states = None
+    scores = states = places = None
     if logits != "none":
         scores = torch.empty((rows if logits == "last" else len(ids), net.vocab_size))
-    if taps:
-        states = torch.empty((rows, net.n_layers, net.hidden_size))
+    asked = wanted(taps, rows)
+    if asked:
+        states = torch.empty((len(asked), net.n_layers, net.hidden_size))
+        place = [-1] * rows
+        for i, row in enumerate(asked):
+            place[row] = i
+        places = (ctypes.c_int32 * rows)(*place)
     done = lib.gn_step(
         model, ctypes.byref(cache.struct), rows, pointer(slots), pointer(counts), pointer(ids), int(logits == "all"),
         None if scores is None else Pointer(scores.data_ptr()),
-        None if states is None else Pointer(states.data_ptr()), torch.get_num_threads(),
+        None if states is None else Pointer(states.data_ptr()), places, torch.get_num_threads(),
     )  # fmt: skip
     if not done:
         raise MemoryError(f"no memory for a step of {len(ids)} tokens")
@@ -152,7 +157,7 @@ class NativeBackbone(OwnBackbone):
         return NativeSlots(c.layers, slots, c.heads, capacity, c.channels // c.heads)
 
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: bool = False
+        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
     ) -> BackboneOutput:
         return run_step(self._lib, self._model, self, cache, tokens, first, logits, taps)
 

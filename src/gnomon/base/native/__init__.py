@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 SWITCH: Final = "GNOMON_NATIVE"
 HEADERS: Final = Path(__file__).parent
+POOL: Final = HEADERS / "pool.c"  # the threads that all kernels share
 # No -ffast-math: infinities mark masked scores. Sums may be reordered inside one row, never across rows.
 _FLAGS: Final = (
     "-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
@@ -40,7 +41,7 @@ def cache_dir() -> Path:
     return Path(root) / "gnomon" / "native"
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def library(source: Path) -> ctypes.CDLL | None:
     """The compiled `source`; None where there is no compiler, it fails, or `GNOMON_NATIVE=0` says no.
 
@@ -60,7 +61,11 @@ def library(source: Path) -> ctypes.CDLL | None:
                 usable = False
                 continue
             if lib is not None:
+                if source == POOL:
+                    return lib
                 lib.gn_packed_size.restype = ctypes.c_int64
+                if (pool := library(POOL)) is not None:
+                    lib.gn_use_pool(ctypes.cast(pool.gn_pool_run, Pointer))
                 return lib
         if usable:
             return None  # the compiler refuses, and would elsewhere

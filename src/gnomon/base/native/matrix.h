@@ -6,6 +6,8 @@
 
 #ifndef GN_MATRIX
 #define GN_MATRIX
+#include "pool.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -69,6 +71,7 @@ KERNEL(1)
 KERNEL(2)
 KERNEL(4)
 #if MR == 8
+KERNEL(6)
 KERNEL(8)
 #endif
 
@@ -81,6 +84,7 @@ static void matmul(const float *x, int64_t ldx, int M, const float *packed, int 
     int m = 0;
 #if MR == 8
     for (; m + 8 <= M; m += 8) kernel_8(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
+    for (; m + 6 <= M; m += 6) kernel_6(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
 #endif
     for (; m + 4 <= M; m += 4) kernel_4(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
     for (; m + 2 <= M; m += 2) kernel_2(x + m * ldx, ldx, panel, inputs, y + m * ldy + p * NR, ldy, width);
