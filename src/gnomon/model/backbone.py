@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gnomon.model.decoder import Decoder
 from gnomon.model.slots import Pass, SlotCache, TensorSlots, row_bucket, start_pass
+from gnomon.model.steering import Steer
 
 Logits = Literal["last", "all", "none"]
 Tokens = Sequence[Sequence[int]]
@@ -46,9 +47,19 @@ class Backbone(Protocol):
         """Empty slots for at most `capacity` positions each."""
 
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
+        self,
+        cache: Any,
+        tokens: Tokens,
+        first: int = 0,
+        *,
+        logits: Logits = "last",
+        taps: Taps = False,
+        steer: Steer | None = None,
     ) -> BackboneOutput:
-        """Append tokens[r] (one or more ids each) to slot first + r. The caller keeps within capacity and context."""
+        """Append tokens[r] (one or more ids each) to slot first + r. The caller keeps within capacity and context.
+
+        steer: what a metacognitive layer does to some of these tokens, `at` one number a token.
+        """
 
 
 def picked(values: Tensor, run: Pass, rows: int, logits: Logits) -> Tensor:
@@ -76,6 +87,14 @@ def stacked(states: Sequence[Tensor], asked: Sequence[int]) -> Tensor | None:
     return found if list(asked) == list(range(len(found))) else found[list(asked)]
 
 
+def laid_out(steer: Steer | None, run: Pass) -> Steer | None:
+    """Steering on the grid of a pass, None where no token of it is steered."""
+    if steer is None or steer.idle:
+        return None
+    rows, width = run.ids.shape
+    return steer.on_grid(run.counts.tolist(), rows, width, run.ids.device)
+
+
 class OwnBackbone:
     """Our decoder in torch, on any device."""
 
@@ -96,7 +115,14 @@ class OwnBackbone:
 
     @torch.inference_mode()
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
+        self,
+        cache: Any,
+        tokens: Tokens,
+        first: int = 0,
+        *,
+        logits: Logits = "last",
+        taps: Taps = False,
+        steer: Steer | None = None,
     ) -> BackboneOutput:
         rows, asked = len(tokens), wanted(taps, len(tokens))
         run = start_pass(cache, tokens, first, self.context)
@@ -108,6 +134,7 @@ class OwnBackbone:
             previous=run.previous(self.module.config.before),
             want_states=bool(asked),
             logits="none",
+            steer=laid_out(steer, run),
         )
         scores = None if logits == "none" else self.module.unembed(picked(out.hidden, run, rows, logits)).float()
         return BackboneOutput(scores, stacked([picked(s, run, rows, "last") for s in out.states], asked))

@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 
 #include "attention.h"
+#include "steer.h"
 
 #define EPS 1e-6f
 #define GROUP 128 /* tokens of several rows that pass through all layers together, so that activations stay in caches */
@@ -249,7 +250,8 @@ static void collapse(const Shape *s, const float *x, float *to) {
 /* A group of rows through the net. logits [rows, V] of each row's last token, or of every token where `every`; taps
    [wanted, L, C] of the last tokens of the rows whose tap_at [rows] is not -1; either may be NULL. */
 static void group(const Model *model, Cache *cache, Scratch *w, int rows, const int32_t *slots, const int32_t *counts,
-                  const int32_t *ids, int M, int every, float *logits, float *taps, const int32_t *tap_at) {
+                  const int32_t *ids, int M, int every, float *logits, float *taps, const int32_t *tap_at,
+                  const Steer *steer) {
   const Shape *s = &model->s;
   const int C = s->channels, n = s->streams, P = coefficient_count(s), F = s->ffn * C;
   inputs(model, cache, w, rows, slots, counts, ids);
@@ -263,6 +265,8 @@ static void group(const Model *model, Cache *cache, Scratch *w, int rows, const 
     for (int64_t i = 0; i < (int64_t)M * F; i++) w->wide[i] = w->wide[i] > 0 ? w->wide[i] * w->wide[i] : 0.0f;
     matmul(w->wide, F, M, layer->down, C, F, w->z, C);
     write_streams(s, w->x, M, w->z, w->post, w->comb, w->near);
+    if (steers(steer, l))
+      for (int m = 0; m < M; m++) steer_token(steer, l, m, w->x + (int64_t)m * n * C, n, C);
     if (taps)
       for (int r = 0, m = -1; r < rows; r++) {
         m += counts[r];
@@ -292,6 +296,7 @@ typedef struct { /* one call of gn_step, cut into chunks of neighbouring rows */
   int every;
   float *logits, *taps;
   const int32_t *tap_at;
+  const Steer *steer;
   atomic_int failed;
 } Job;
 
@@ -301,20 +306,23 @@ static void chunk(void *all, int c) {
   const int row = job->first[c], rows = job->first[c + 1] - row;
   const int64_t token = job->token[c], M = job->token[c + 1] - token;
   Scratch w;
+  Steer steer = job->steer ? *job->steer : (Steer){0};
+  if (job->steer) steer.at += token;
   if (!scratch_new(&w, s, (int)M, job->cache->capacity)) {
     atomic_store(&job->failed, 1);
     return;
   }
   group(job->model, job->cache, &w, rows, job->slots + row, job->counts + row, job->ids + token, (int)M, job->every,
         job->logits ? job->logits + (job->every ? token : row) * s->vocab : NULL,
-        job->taps, job->taps ? job->tap_at + row : NULL);
+        job->taps, job->taps ? job->tap_at + row : NULL, job->steer ? &steer : NULL);
   free(w.x);
 }
 
 /* R rows: slots [R] (all different), counts [R] >= 1 new tokens each, ids flat; see `group` for the rest.
    Returns 0 when memory ran out. */
 int gn_step(const Model *model, Cache *cache, int rows, const int32_t *slots, const int32_t *counts, const int32_t *ids,
-            int every, float *logits, float *taps, const int32_t *tap_at, int threads) {
+            int every, float *logits, float *taps, const int32_t *tap_at, const Steer *steer,
+            int threads) {
   int64_t total = 0;
   for (int r = 0; r < rows; r++) total += counts[r];
   /* One chunk a thread, because every chunk reads all weights once more; but no more than GROUP tokens in one. */
@@ -333,7 +341,7 @@ int gn_step(const Model *model, Cache *cache, int rows, const int32_t *slots, co
     token += counts[r];
   }
   cut[chunks] = rows, cut[rows + 1 + chunks] = (int32_t)token;
-  Job job = {model, cache, slots, counts, ids, cut, cut + rows + 1, every, logits, taps, tap_at, 0};
+  Job job = {model, cache, slots, counts, ids, cut, cut + rows + 1, every, logits, taps, tap_at, steer, 0};
   pool_run(chunk, &job, chunks, threads);
   free(cut);
   return !atomic_load(&job.failed);

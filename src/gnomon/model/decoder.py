@@ -184,11 +184,13 @@ class Decoder(nn.Module):
         previous: Tensor | None = None,
         want_states: bool = False,
         logits: Literal["all", "last", "none"] = "all",
+        steer: Callable[[int, Tensor], Tensor] | None = None,
     ) -> DecoderOutput:
         """ids int64 [B, T]; positions int64 [B, T] (default 0..T-1); mask bool [B, 1, T, S] or None = causal.
 
         previous int64 [B, T, K]: the tokens before each, nearest first, -1 = none (see `previous_tokens`). Default:
-        the columns to the left, down to position 0; with a cache it must be given.
+        the columns to the left, down to position 0; with a cache it must be given. steer: what is done to the output of
+        a block (index, [B, T, n, C]), see `steering.Steer`.
         """
         length = ids.shape[1]
         table = self.rope[None, :length] if positions is None else self.rope[positions]
@@ -202,6 +204,8 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, table, mask, cache, index, use_reentrant=False)
             else:
                 x = block(x, table, mask, cache, index)
+            if steer is not None:
+                x = steer(index, x)
             if want_states:
                 states.append(self.collapse(x))
         if cache is not None:

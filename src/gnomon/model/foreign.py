@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import Cache
 
 from gnomon.base.errors import ModelError
-from gnomon.model.backbone import BackboneOutput, Logits, Taps, Tokens, picked, row_bucket, stacked, wanted
+from gnomon.model.backbone import BackboneOutput, Logits, Taps, Tokens, laid_out, picked, row_bucket, stacked, wanted
+from gnomon.model.blocks import block_list
 from gnomon.model.slots import Pass, SlotCache, TensorSlots, start_pass
+from gnomon.model.steering import Steer, steered
 
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
@@ -66,6 +68,7 @@ class HFBackbone:
         self.vocab_size, self.context = config.vocab_size, _context(config)
         self._kinds, self._window = _attention_kinds(config)
         self._additive = _mask_is_added(config)
+        self._blocks = block_list(model)
         try:
             self._layers, self._heads, self._head_size = self._shapes()
             self._try()
@@ -87,11 +90,19 @@ class HFBackbone:
 
     @torch.inference_mode()
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
+        self,
+        cache: Any,
+        tokens: Tokens,
+        first: int = 0,
+        *,
+        logits: Logits = "last",
+        taps: Taps = False,
+        steer: Steer | None = None,
     ) -> BackboneOutput:
         rows, asked = len(tokens), wanted(taps, len(tokens))
         run = start_pass(cache, tokens, first, self.context)
-        with _turn(self.module), self._head_sees(run, rows, logits):
+        hooks = steered(self._blocks, laid_out(steer, run))
+        with _turn(self.module), self._head_sees(run, rows, logits), hooks as touched:
             out = self.module(
                 input_ids=run.ids,
                 attention_mask=self._masks(run),
@@ -101,7 +112,10 @@ class HFBackbone:
                 output_hidden_states=bool(asked),
             )
         run.advance(run.ids.shape[1])
-        states = [picked(s, run, rows, "last") for s in out.hidden_states[1:]] if asked else []
+        found = list(out.hidden_states[1:]) if asked else []
+        for index in set(touched) & set(range(len(found) - 1)):  # what the model keeps is older than the hooks
+            found[index] = touched[index]
+        states = [picked(s, run, rows, "last") for s in found]
         scores = None if logits == "none" else out.logits[0].float()
         return BackboneOutput(scores, stacked(states, asked))
 

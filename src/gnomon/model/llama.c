@@ -14,6 +14,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "int8.h"
+#include "steer.h"
 
 #define GROUP 128 /* tokens that pass through all layers together, so that activations stay in caches */
 #define TILE 32   /* outputs of a chunk of work: two units, or one int8 panel, and a block of rounded activations */
@@ -288,7 +289,8 @@ static void finish(Pass *p, const float *last, const int32_t *owner, int wanted,
    or [tokens, V] where `every`; taps [W, L, C] of the last tokens of the rows whose tap_at [R] is not -1; either NULL.
    Returns 0 when memory ran out. */
 int gn_step(const Model *model, Cache *cache, int rows, const int32_t *slots, const int32_t *counts, const int32_t *ids,
-            int every, float *logits, float *taps, const int32_t *tap_at, int threads) {
+            int every, float *logits, float *taps, const int32_t *tap_at, const Steer *steer,
+            int threads) {
   const Shape *s = &model->s;
   const int64_t C = s->channels;
   int64_t total = 0;
@@ -313,6 +315,8 @@ int gn_step(const Model *model, Cache *cache, int rows, const int32_t *slots, co
     }
     for (p.index = 0; p.index < s->layers; p.index++) {
       layer(&p, !wanted && p.index == s->layers - 1);
+      for (int m = 0; steers(steer, p.index) && m < p.M; m++)
+        steer_token(steer, p.index, (int)(done + m), p.x + m * C, 1, (int)C);
       for (int m = 0, r = first, t = begin; taps && p.index < s->layers - 1 && m < p.M; m++)
         if (++t == counts[r]) {
           if (tap_at[r] >= 0)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnomon.base.errors import ModelError, unknown
-from gnomon.model.backbone import BackboneOutput, Logits, Taps, Tokens, picked, row_bucket, stacked, wanted
+from gnomon.model.backbone import BackboneOutput, Logits, Taps, Tokens, laid_out, picked, row_bucket, stacked, wanted
 from gnomon.model.slots import Pass, SlotCache, TensorSlots, start_pass
+from gnomon.model.steering import Steer
 
 WEIGHTS: Final = ("float", "int8")
 Product = Callable[[Tensor], Tensor]  # [N, inputs] -> [N, outputs]
@@ -78,18 +79,27 @@ class LlamaBackbone:
 
     @torch.inference_mode()
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
+        self,
+        cache: Any,
+        tokens: Tokens,
+        first: int = 0,
+        *,
+        logits: Logits = "last",
+        taps: Taps = False,
+        steer: Steer | None = None,
     ) -> BackboneOutput:
         rows, asked = len(tokens), wanted(taps, len(tokens))
         run = start_pass(cache, tokens, first, self.context)
         shape = (*run.ids.shape, self.hidden_size)
-        step = self._step(run)
+        step, guided = self._step(run), laid_out(steer, run)
         x = F.embedding(run.ids.flatten(), self.module.model.embed_tokens.weight)
         states = []
         for index, block in enumerate(self._blocks):
             x += block.out(self._attend(block.qkv(self._norm(x, block.attention_gain)), cache.store[index], step))
             gate, up = block.gate_up(self._norm(x, block.mlp_gain)).chunk(2, -1)
             x += block.down(F.silu(gate).mul_(up))
+            if guided is not None:
+                x = guided(index, x.view(shape)).view(x.shape)
             if asked and index + 1 < self.n_layers:
                 states.append(picked(x.view(shape), run, rows, "last").clone())
         run.advance(shape[1])

@@ -18,7 +18,8 @@ from gnomon.base.errors import ModelError
 from gnomon.base.native import Pointer
 from gnomon.model.backbone import BackboneOutput, Logits, Taps, Tokens
 from gnomon.model.llama import check_weights, unsupported
-from gnomon.model.native import NativeSlots, run_step
+from gnomon.model.native import NativeSlots, NativeSteering, run_step
+from gnomon.model.steering import Steer
 
 SOURCE: Final = Path(__file__).with_name("llama.c")
 _LINEAR: Final = (
@@ -73,6 +74,7 @@ class NativeLlama:
         self._heads, self._size = config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
         self._kept: list[Tensor] = []  # what the structure below points to
         self._model = self._build()
+        self._steers = NativeSteering(lib, self.n_layers)
 
     @property
     def device(self) -> torch.device:
@@ -82,9 +84,16 @@ class NativeLlama:
         return NativeSlots(self.n_layers, slots, self._heads, capacity, self._size)
 
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
+        self,
+        cache: Any,
+        tokens: Tokens,
+        first: int = 0,
+        *,
+        logits: Logits = "last",
+        taps: Taps = False,
+        steer: Steer | None = None,
     ) -> BackboneOutput:
-        return run_step(self._lib, self._model, self, cache, tokens, first, logits, taps)
+        return run_step(self._lib, self._model, self, cache, tokens, first, logits, taps, self._steers(steer))
 
     def _build(self) -> Any:
         model, config = self.module, self.module.config

@@ -21,6 +21,7 @@ from gnomon.model.backbone import BackboneOutput, Logits, OwnBackbone, Taps, Tok
 from gnomon.model.decoder import Decoder
 from gnomon.model.hyper import HyperConnection
 from gnomon.model.slots import rounded
+from gnomon.model.steering import Steer, Steering
 
 SOURCE: Final = Path(__file__).with_name("decoder.c")
 KEY_BLOCK: Final = 16  # KB of decoder.c
@@ -102,9 +103,20 @@ class NativeSlots:
 
 
 def run_step(
-    lib: ctypes.CDLL, model: Any, net: Any, cache: NativeSlots, tokens: Tokens, first: int, logits: Logits, taps: Taps
+    lib: ctypes.CDLL,
+    model: Any,
+    net: Any,
+    cache: NativeSlots,
+    tokens: Tokens,
+    first: int,
+    logits: Logits,
+    taps: Taps,
+    steer: Any = None,
 ) -> BackboneOutput:
-    """One call of a kernel's `gn_step`; `net` says context, vocabulary and the shape of taps. As Backbone.extend."""
+    """One call of a kernel's `gn_step`; `net` says context, vocabulary and the shape of taps. As Backbone.extend.
+
+    steer: from `NativeSteering`.
+    """
     rows = len(tokens)
     counts = np.fromiter(map(len, tokens), dtype=np.int32, count=rows)
     ids = np.fromiter((t for row in tokens for t in row), dtype=np.int32)
@@ -129,11 +141,57 @@ def run_step(
     done = lib.gn_step(
         model, ctypes.byref(cache.struct), rows, pointer(slots), pointer(counts), pointer(ids), int(logits == "all"),
         None if scores is None else Pointer(scores.data_ptr()),
-        None if states is None else Pointer(states.data_ptr()), places, torch.get_num_threads(),
+        None if states is None else Pointer(states.data_ptr()), places, steer, torch.get_num_threads(),
     )  # fmt: skip
     if not done:
         raise MemoryError(f"no memory for a step of {len(ids)} tokens")
     return BackboneOutput(scores, states)
+
+
+class _Adapter(ctypes.Structure):
+    _fields_ = [*((n, Pointer) for n in ("down", "up", "weight")), ("bias", ctypes.c_float)]
+
+
+class _Steer(ctypes.Structure):
+    _fields_ = [("gate_layer", ctypes.c_int32), ("rank", ctypes.c_int32),
+                *((n, Pointer) for n in ("adapters", "vectors", "at"))]  # fmt: skip
+
+
+class NativeSteering:
+    """Steering for `gn_step`: the adapters' weights are copied when a `Steering` is seen first."""
+
+    def __init__(self, lib: ctypes.CDLL, layers: int) -> None:
+        self._lib, self._layers = lib, layers
+        self._held: Steering | None = None
+        self._arrays = native.Arrays(lib)
+        self._adapters: Any = None
+        self._rank = 0
+
+    def __call__(self, steer: Steer | None) -> Any:
+        """The argument of one call, None where no token is steered. It lives as long as what is returned."""
+        if steer is None or steer.idle:
+            return None
+        if steer.steering is not self._held:
+            self._copy(steer.steering)
+        vectors = steer.vectors.contiguous()
+        at = (ctypes.c_int32 * len(steer.at))(*steer.at)
+        gate = steer.steering.gate_layer
+        made = _Steer(
+            -1 if gate is None else gate, self._rank, ctypes.addressof(self._adapters), vectors.data_ptr(),
+            ctypes.addressof(at),
+        )  # fmt: skip
+        made.kept = vectors, at
+        return ctypes.byref(made)
+
+    def _copy(self, steering: Steering) -> None:
+        self._arrays = native.Arrays(self._lib)
+        found = [_Adapter() for _ in range(self._layers)]
+        for index, a in steering.adapters.items():
+            down, up, weight = (t.detach().float().cpu().numpy() for t in (a.down, a.up.T, a.weight))
+            self._rank = len(down)
+            found[index] = _Adapter(*map(self._arrays.plain, (down, up, weight)), float(a.bias))
+        self._adapters = (_Adapter * self._layers)(*found)
+        self._held = steering
 
 
 class NativeBackbone(OwnBackbone):
@@ -151,15 +209,23 @@ class NativeBackbone(OwnBackbone):
         self._lib = lib
         self._arrays = native.Arrays(lib)  # what the structure below points to
         self._model = self._build(decoder)
+        self._steers = NativeSteering(lib, self.n_layers)
 
     def new_cache(self, slots: int, capacity: int) -> NativeSlots:
         c = self.module.config
         return NativeSlots(c.layers, slots, c.heads, capacity, c.channels // c.heads)
 
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: Logits = "last", taps: Taps = False
+        self,
+        cache: Any,
+        tokens: Tokens,
+        first: int = 0,
+        *,
+        logits: Logits = "last",
+        taps: Taps = False,
+        steer: Steer | None = None,
     ) -> BackboneOutput:
-        return run_step(self._lib, self._model, self, cache, tokens, first, logits, taps)
+        return run_step(self._lib, self._model, self, cache, tokens, first, logits, taps, self._steers(steer))
 
     def _build(self, decoder: Decoder) -> Any:
         c = decoder.config
