@@ -7,6 +7,7 @@ Useful tokens are the think tokens up to each row's budget. Peers never end by t
 and where it does only the tokens that it thought count.
 Our side answers with one token after the close; tags, prompts and that answer cost time and count for nothing.
 Peers get their requests sorted by budget, in batches that run to their largest budget; a batch of zeros is free.
+llama.cpp (SmolLM2 only, where llama-cpp-python is installed) batches continuously, longest budgets first: llamacpp.py.
 Ratios are of useful tokens per second: medians over interleaved pairs, with the least and the largest pair. Stories of
 every number: docs/log.md.
 """
@@ -21,9 +22,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import llamacpp
 import torch
 
 from gnomon.base import seeds
@@ -146,21 +149,47 @@ def generate(model: Any, work: Work, batch: int, pad: int) -> Run:
     return Run(time.perf_counter() - start, statistics.median(firsts), work.useful)
 
 
-def pairs(left: Callable[[], Run], right: Callable[[], Run], n: int) -> dict[str, Any]:
-    """Interleaved runs: how many times as fast `left` is, as median, least and largest of n pairs."""
-    left(), right()  # both warm
-    both = [(left(), right()) for _ in range(n)]
-    ratios = sorted(a.rate / b.rate for a, b in both)
+def llama_cpp(model: llamacpp.Stepper, work: Work) -> Run:
+    """llama.cpp: greedy, longest budgets first, a free sequence gets the next request."""
+    start = time.perf_counter()
+    made, firsts = llamacpp.continuous(model, work.prompts, work.budgets)
+    seconds = time.perf_counter() - start
+    assert [len(ids) for ids in made] == list(work.budgets)
+    return Run(seconds, statistics.median(firsts) - start, work.useful)
+
+
+def rounds(sides: dict[str, Callable[[], Run]], n: int) -> dict[str, list[Run]]:
+    """n interleaved runs of every side after one that is not kept; on stderr what each did."""
+    kept: dict[str, list[Run]] = {name: [] for name in sides}
+    for i in range(n + 1):
+        for name, side in sides.items():
+            run = side()
+            print(f"  {name} {i}/{n}: {run.seconds:.2f} s, {run.rate:.0f} tok/s", file=sys.stderr, flush=True)
+            if i:
+                kept[name].append(run)
+    return kept
+
+
+def compared(left: Sequence[Run], right: Sequence[Run]) -> dict[str, Any]:
+    """How many times as fast `left` is, as median, least and largest of pairs of equal rounds."""
+    ratios = sorted(a.rate / b.rate for a, b in zip(left, right, strict=True))
     return {
         "ratio": statistics.median(ratios),
         "range": [ratios[0], ratios[-1]],
-        "ours_s": statistics.median(a.seconds for a, _ in both),
-        "peer_s": statistics.median(b.seconds for _, b in both),
-        "ours_tok_s": statistics.median(a.rate for a, _ in both),
-        "peer_tok_s": statistics.median(b.rate for _, b in both),
-        "ours_first_token_s": statistics.median(a.first for a, _ in both),
-        "peer_first_token_s": statistics.median(b.first for _, b in both),
+        "pairs": len(ratios),
+        "ours_s": statistics.median(a.seconds for a in left),
+        "peer_s": statistics.median(b.seconds for b in right),
+        "ours_tok_s": statistics.median(a.rate for a in left),
+        "peer_tok_s": statistics.median(b.rate for b in right),
+        "ours_first_token_s": statistics.median(a.first for a in left),
+        "peer_first_token_s": statistics.median(b.first for b in right),
     }
+
+
+def pairs(left: Callable[[], Run], right: Callable[[], Run], n: int) -> dict[str, Any]:
+    """n interleaved runs of two sides, compared."""
+    both = rounds({"ours": left, "peer": right}, n)
+    return compared(both["ours"], both["peer"])
 
 
 def plain_llama(parameters: int, vocab: int, context: int) -> Any:
@@ -253,9 +282,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def bench_smollm2(n: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """SmolLM2-135M through our backbones (float32, int8) against `generate` on the same weights."""
+    """SmolLM2-135M through our backbones (float32, int8), `generate` and llama.cpp, all in the same rounds."""
     from transformers import AutoModelForCausalLM
 
+    from gnomon.model.gguf import find_smollm2
     from gnomon.model.load import load_backbone, resolve_base
 
     reasoner = Reasoner.load("smollm2")
@@ -266,17 +296,28 @@ def bench_smollm2(n: int, tokens: int, repeats: int) -> dict[str, Any]:
     layout = endless(vocab, pad)
     whole = workload(reasoner.codec.encode_prompt, n, "mixed")
     single = Work(whole.prompts[:2], (tokens, tokens))
-    bandwidth = read_bandwidth()
+    backbones = {"float32": reasoner.backbone, "int8": load_backbone("smollm2", weights="int8")}
+    bandwidth, threads = read_bandwidth(), torch.get_num_threads()
     found: dict[str, Any] = {"weight_bytes": weights, "read_bandwidth": bandwidth}
-    for kind in ("float32", "int8"):
-        backbone = reasoner.backbone if kind == "float32" else load_backbone("smollm2", weights="int8")
-        for name, work, batch in (("b1", single, 1), ("mixed_b16", whole, 16)):
-            got = pairs(
-                lambda b=backbone, w=work, k=batch: ours(b, layout, w, k),  # type: ignore[misc]
-                lambda w=work, k=batch: generate(peer, w, k, pad),  # type: ignore[misc]
-                repeats,
-            )
-            found[f"{kind}_{name}"] = got
+    gguf, why = llamacpp.available(find_smollm2())
+    found |= {"llama_cpp": None, "llama_cpp_reason": why} if why else {"llama_cpp": version("llama-cpp-python")}
+    for name, work, batch in (("b1", single, 1), ("mixed_b16", whole, 16)):
+        print(f"smollm2 {name}: {len(work.prompts)} requests, {work.useful} tokens", file=sys.stderr)
+        sides: dict[str, Callable[[], Run]] = {
+            kind: lambda b=backbone, w=work, k=batch: ours(b, layout, w, k)  # type: ignore[misc]
+            for kind, backbone in backbones.items()
+        }
+        sides["generate"] = lambda w=work, k=batch: generate(peer, w, k, pad)  # type: ignore[misc]
+        with llamacpp.opened(gguf, work.prompts, work.budgets, batch, threads) as (forms, models, rates):
+            for form in forms.values():
+                sides[f"llama.cpp {form}"] = lambda w=work, m=models[form]: llama_cpp(m, w)  # type: ignore[misc]
+            kept = rounds(sides, repeats)
+        for kind in backbones:
+            found[f"{kind}_{name}"] = compared(kept[kind], kept["generate"])
+        for kind, form in forms.items():
+            got = compared(kept[kind], kept[f"llama.cpp {form}"])
+            found[f"{kind}_{name}_llama_cpp"] = got | {"format": form, "tok_s_by_format": rates}
+    for kind, backbone in backbones.items():
         step = step_seconds(backbone, single.prompts[0], tokens)
         held = weights if kind == "float32" else weights * INT8_BYTES
         found[f"{kind}_b1_step"] = {"seconds": step, "tok_s": 1 / step, "bandwidth_share": held / step / bandwidth}
@@ -345,11 +386,12 @@ def main() -> None:
         layer = body["layer"] = bench_layer(256 if full else 64, 40 if full else 20)
         body["layer_overhead_b1"], body["layer_overhead_b32"] = layer["b1"]["median"], layer["b32"]["median"]
     if args.only in (None, "smollm2"):
-        smol = body["smollm2"] = bench_smollm2(64 if full else 32, 64 if full else 24, 3 if full else 1)
+        smol = body["smollm2"] = bench_smollm2(24, 64 if full else 24, 5 if full else 1)
         body["smollm2_b1_ratio"] = smol["float32_b1"]["ratio"]
         body["smollm2_mixed_b16_ratio"] = smol["float32_mixed_b16"]["ratio"]
         body["smollm2_int8_b1_ratio"] = smol["int8_b1"]["ratio"]
         body["smollm2_int8_mixed_b16_ratio"] = smol["int8_mixed_b16"]["ratio"]
+        body |= {f"smollm2_{name}_ratio": got["ratio"] for name, got in smol.items() if name.endswith("_llama_cpp")}
         body["bandwidth_share_b1"] = smol["float32_b1_step"]["bandwidth_share"]
     if args.json:
         print(json.dumps(body))

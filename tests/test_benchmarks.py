@@ -15,6 +15,7 @@ FILE = Path(__file__).parents[1] / "benchmarks" / "decode.py"
 
 @pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FILE.parent)
     spec = importlib.util.spec_from_file_location("bench_decode", FILE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -50,3 +51,56 @@ def test_ratios_are_of_useful_tokens_per_second(decode: Any) -> None:
     found = decode.pairs(lambda: decode.Run(2.0, 0.1, 100), lambda: decode.Run(4.0, 0.2, 400), 3)
     assert (found["ratio"], found["range"]) == (0.5, [0.5, 0.5])
     assert (found["ours_tok_s"], found["peer_tok_s"]) == (50.0, 100.0)
+
+
+class Stepper:
+    """Stands for llama.cpp: a row's next id is the sum of the ids that its sequence holds."""
+
+    slots = 2
+
+    def __init__(self) -> None:
+        self.held: dict[int, list[int]] = {}
+        self.steps: list[int] = []
+
+    def step(self, rows: Any) -> list[int]:
+        self.steps.append(len(rows))
+        for row in rows:
+            held = self.held.setdefault(row.sequence, [])
+            assert row.at == len(held)
+            held.extend(row.ids)
+        return [sum(self.held[row.sequence]) for row in rows]
+
+    def share(self, source: int, sequence: int) -> None:
+        assert sequence not in self.held
+        self.held[sequence] = list(self.held[source])
+
+    def drop(self, sequence: int) -> None:
+        del self.held[sequence]
+
+
+def test_llama_cpp_gets_the_next_request_as_soon_as_a_sequence_is_free(decode: Any) -> None:
+    model = Stepper()
+    work = decode.Work(((1,), (2, 3), (5,), (7, 1)), (1, 3, 0, 2))
+    made, firsts = decode.llamacpp.continuous(model, work.prompts, work.budgets)
+    assert made == [[1], [5, 10, 20], [], [8, 16]] and len(firsts) == 3
+    assert model.steps == [2, 2, 2] and model.held == {}  # 3 tokens beside 2 + 1
+    run = decode.llama_cpp(model, work)
+    assert run.useful == 6 and 0.0 <= run.first <= run.seconds
+
+
+def test_llama_cpp_computes_what_all_prompts_begin_with_once(decode: Any) -> None:
+    model = Stepper()
+    made, _ = decode.llamacpp.continuous(model, ((1, 2), (1, 2, 3), (9,), (1, 2, 5)), (1, 2, 0, 1))
+    assert made == [[3], [6, 12], [], [8]]  # the last id of a prompt is never shared: it makes the first token
+    assert model.steps == [1, 2, 2] and model.held == {}
+
+
+def test_without_llama_cpp_there_is_a_reason(decode: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(decode.llamacpp, "MODULE", "no_such_module")
+    file, why = decode.llamacpp.available(tmp_path)
+    assert file is None and "pip install llama-cpp-python" in why
+    with decode.llamacpp.opened(file, ((1,),), (1,), 1, 1) as found:
+        assert found == ({}, {}, {})
+    monkeypatch.setattr(decode.llamacpp, "MODULE", "json")
+    assert decode.llamacpp.available(tmp_path) == (tmp_path, "")
+    assert decode.llamacpp.available(None)[1]
