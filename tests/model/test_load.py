@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gnomon.base import seeds
 from gnomon.base.errors import ModelError, UnknownNameError
@@ -21,7 +21,7 @@ from gnomon.model import gguf
 from gnomon.model.foreign import HFBackbone
 from gnomon.model.llama import LlamaBackbone
 from gnomon.model.llama_native import NativeLlama, library
-from gnomon.model.load import check_folder, load_backbone, resolve_base
+from gnomon.model.load import ATTENTION, DTYPES, check_folder, load_backbone, resolve_base
 from gnomon.reasoner import fingerprint
 
 
@@ -153,9 +153,51 @@ def test_own_code_of_a_folder_never_runs(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_damaged_config_and_unknown_dtype(folder: Path) -> None:
-    with pytest.raises(ModelError, match="unknown dtype 'float31'"):
-        load_backbone(folder, dtype="float31")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("attention", [None, *ATTENTION])
+def test_precision_and_attention_are_options(folder: Path, dtype: str, attention: str | None) -> None:
+    """The module computes as asked, and close to float32; the compiled pass serves float32 whatever was asked."""
+    backbone = load_backbone(folder, dtype=dtype, attention=attention)
+    module = backbone.module
+    assert {p.dtype for p in module.parameters()} == {getattr(torch, dtype)}
+    assert module.config._attn_implementation == (attention or "sdpa")
+    assert isinstance(backbone, HFBackbone) == (dtype != "float32")
+    ids = (3, 1, 4, 1, 5)
+    with torch.inference_mode():
+        wanted = llama().eval()(torch.tensor([ids])).logits[0, -1]
+        own = module(torch.tensor([ids])).logits[0, -1].float()
+    served = backbone.extend(backbone.new_cache(1, 8), [ids]).logits
+    assert served is not None and served.dtype == torch.float32
+    tolerance = 1e-5 if dtype in ("float32", "float64") else 2e-2 * float(wanted.abs().max())
+    for got in (own, served[0]):
+        assert float((got - wanted).abs().max()) <= tolerance
+
+
+def test_attention_that_an_architecture_lacks(tmp_path: Path) -> None:
+    seeds.seed_torch("load test", "gemma2")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=40, num_key_value_heads=1, head_dim=8, max_position_embeddings=64, **shape)
+    ).save_pretrained(tmp_path)
+    assert load_backbone(tmp_path).module.config._attn_implementation == "eager"
+    with pytest.raises(ModelError, match=r"'gemma2'\) cannot be loaded: Gemma2ForCausalLM does not support"):
+        load_backbone(tmp_path, attention="sdpa")
+
+
+def test_options_that_are_not_known(folder: Path) -> None:
+    for dtype in ("float31", "int8", "nn"):
+        with pytest.raises(ModelError, match=f"unknown dtype '{dtype}'; write float32, bfloat16, float16 or float64"):
+            load_backbone(folder, dtype=dtype)
+    with pytest.raises(ModelError, match="unknown attention 'flash_attention_2'; write sdpa or eager"):
+        load_backbone(folder, attention="flash_attention_2")
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ModelError, match=f"there is no device '{device}' here"):
+            load_backbone(folder, device=device)
+    with pytest.raises(ModelError, match=r'weights="int8": its weights are not float32'):
+        load_backbone(folder, dtype="bfloat16", weights="int8")
+
+
+def test_damaged_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_ty')
     with pytest.raises(ModelError, match="not JSON"):
         load_backbone(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from gnomon.base.checkpoint import tensor_names
 from gnomon.base.errors import CheckpointError, ModelError
@@ -13,9 +13,14 @@ from gnomon.model.gguf import SMOLLM2, convert_gguf, smollm2_folder
 from gnomon.model.llama import LlamaBackbone, check_weights, unsupported
 from gnomon.model.llama_native import NativeLlama, library
 
+if TYPE_CHECKING:
+    import torch
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
+DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
+ATTENTION: Final = ("sdpa", "eager")  # those that take a mask of their own, which slots need
 
 
 def resolve_base(base: str | Path, cache: str | Path | None = None) -> Path:
@@ -64,32 +69,39 @@ def load_backbone(
     dtype: str = "float32",
     device: str = "cpu",
     weights: str = "float",
+    attention: str | None = None,
     cache: str | Path | None = None,
 ) -> HFBackbone | LlamaBackbone | NativeLlama:
     """Any local Hugging Face causal LM behind the backbone protocol; `base` as in `resolve_base`.
 
     The Llama family in float32 on a CPU runs through its compiled pass, or a lean one in torch where there is no
     compiler, everything else through the model's own code.
-    dtype: a torch type's name. weights: "int8" multiplies by int8 copies of the weights, where the compiled pass runs.
-    Raises ModelError for a folder that is missing, half there, damaged, of an architecture that transformers does not
-    know, whose weights do not fill the model, or that cannot be decoded in slots.
+    dtype: one of DTYPES; all but float32 run in the model's own code. weights: "int8" multiplies by int8 copies of the
+    weights, where the compiled pass runs. attention: one of ATTENTION, how the model's own code attends, in training
+    above all; None = sdpa where the architecture has it (Gemma 2 has eager only). The compiled and the lean pass attend
+    in their own way, to the same results.
+    Raises ModelError for an option that is not known or not to be had here, for a folder that is missing, half there,
+    damaged, of an architecture that transformers does not know, whose weights do not fill the model, or that cannot be
+    decoded in slots.
     """
     check_weights(weights)
+    _known("dtype", dtype, DTYPES)
+    if attention is not None:
+        _known("attention", attention, ATTENTION)
     folder = resolve_base(base, cache)
     config = check_folder(folder, tokenizer=False)
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
-        raise ModelError(f"unknown dtype {dtype!r}; write float32, bfloat16 or float16")
+    place = _device(device)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            dtype=kind,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -103,7 +115,7 @@ def load_backbone(
                 f"the weights in {str(folder)!r} do not fill the model: {len(bad)} {name.replace('_', ' ')} "
                 f"({', '.join(bad[:3])}); copy the folder again"
             )
-    model = model.to(device)
+    model = model.to(place)
     obstacle, compiled = unsupported(model), library() is not None
     if obstacle is None and compiled:
         return NativeLlama(model, weights)
@@ -111,6 +123,26 @@ def load_backbone(
         reason = obstacle or "int8 products need a C compiler (gcc, cc or clang), and there is none here"
         raise ModelError(f'{str(folder)!r} cannot run with weights="int8": {reason}; leave weights="float"')
     return LlamaBackbone(model) if obstacle is None else HFBackbone(model)
+
+
+def _known(what: str, given: str, names: tuple[str, ...]) -> None:
+    if given not in names:
+        raise ModelError(f"unknown {what} {given!r}; write {', '.join(names[:-1])} or {names[-1]}")
+
+
+def _device(name: str) -> torch.device:
+    """A device that is there."""
+    import torch
+
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ModelError(
+            f'there is no device {name!r} here ({reason}); write "cpu", or "cuda" where torch has it'
+        ) from None
+    return place
 
 
 def _json(path: Path) -> dict[str, Any]:
