@@ -101,8 +101,8 @@ def unfrozen(module: nn.Module, config: AdaptConfig) -> dict[str, nn.Parameter]:
 def adapt(module: nn.Module, config: AdaptConfig) -> Adapted:
     """Make `module` (a Hugging Face causal LM or our decoder) learn as `config` says, and nothing else of it.
 
-    A compiled or lean pass over the same module keeps copies of the weights: build it again after training, for LoRA
-    inside `Adapted.merged()`. Raises as `unfrozen`, and ModelError without peft, for unknown targets, or for a module
+    A compiled or lean pass over the same module may hold the weights as they lay when it was built: build it again
+    after training, for LoRA inside `Adapted.merged()`. Raises as `unfrozen`, and ModelError without peft, for unknown targets, or for a module
     that is adapted already.
     """
     if lora_layers(module):

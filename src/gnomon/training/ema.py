@@ -49,7 +49,7 @@ class Ema:
         """The averages in place of the weights, LoRA folded in; afterwards the weights are the same bits again.
 
         Weights are exchanged, not written over: a backward pass that waits for them is not disturbed. Inside, no
-        optimiser may step. A pass that holds copies of the weights (compiled, lean) does not see the exchange.
+        optimiser may step. A compiled or lean pass that was built before does not see the exchange; build one inside.
         """
         if self._inside:
             raise RuntimeError("applied() stands inside itself; leave the outer block first")
