@@ -6,6 +6,8 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from gnomon.base.errors import unknown
+from gnomon.metacognition.policy import GRID
 from gnomon.protocol.tags import STRATEGIES
 
 # Where a state was read. Every phase and path reads the same positions (decisions.md §1).
@@ -20,6 +22,7 @@ class MetacogConfig(BaseModel):
     layers: the tapped blocks that are used; None = all of them (`linked_all_layers`).
     experts_per_layer: plan/budget/confidence experts per layer, mixed by a learned softmax gate.
     values: also say, per plan, how likely it solves the problem and what it costs (False in layers of older files).
+    policy: entries of policy.GRID that a decoding-policy head tells apart; 0 = no such head.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,18 +37,23 @@ class MetacogConfig(BaseModel):
     experts_per_layer: int = Field(default=1, ge=1, le=16)
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     values: bool = False
+    policy: int = 0
 
     @model_validator(mode="after")
     def _names(self) -> MetacogConfig:
         if len(set(self.plans)) != len(self.plans) or not self.plans:
             raise ValueError(f"plans must be distinct and not empty, got {self.plans}")
-        foreign = [p for p in self.plans if p not in STRATEGIES]
-        if foreign:
-            raise ValueError(f"unknown plans {foreign}; known: {', '.join(STRATEGIES)}")
+        for name in self.plans:
+            if name not in STRATEGIES:
+                raise unknown("plan", name, STRATEGIES)
         if self.layers is not None:
             bad = [k for k in self.layers if not 0 <= k < self.n_layers]
-            if bad or not self.layers or list(self.layers) != sorted(set(self.layers)):
-                raise ValueError(f"layers must be ascending block numbers below {self.n_layers}, got {self.layers}")
+            if bad:
+                raise ValueError(f"no layer {bad[0]}: the base has {self.n_layers} blocks, 0 to {self.n_layers - 1}")
+            if not self.layers or list(self.layers) != sorted(set(self.layers)):
+                raise ValueError(f"layers must be ascending block numbers, at least one, got {self.layers}")
+        if self.policy != 0 and not 2 <= self.policy <= len(GRID):
+            raise ValueError(f"policy must be 0 (no head) or 2 to {len(GRID)} entries of the grid, got {self.policy}")
         return self
 
     @property

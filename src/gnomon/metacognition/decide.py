@@ -1,4 +1,4 @@
-"""Heads + card -> decisions. The engine calls `plan`, `budget`, `running` and `after`; nothing else interprets them."""
+"""Heads + card -> decisions: `plan`, `budget`, `policy`, `running` and `after`. Nothing else interprets the heads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gnomon.base.errors import ModelError, unknown
 from gnomon.metacognition.calibration import Card
 from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.native import NativeReader, available
+from gnomon.metacognition.policy import GRID, Sampling
 from gnomon.metacognition.readers import Reader, TorchReader
 
 
@@ -63,7 +64,7 @@ class RunningDecision(NamedTuple):
 class Decision:
     """Everything known before thinking starts, for one prompt (`ask --no-decode`).
 
-    sampling: decoding policy; None = identity, the sampler's own settings.
+    sampling: how to sample inside the thought; None = identity, the sampler's own settings.
     """
 
     plan: str
@@ -72,7 +73,7 @@ class Decision:
     budget_clipped: int
     confidence: float | None
     calibrated: bool
-    sampling: None = None
+    sampling: Sampling | None = None
 
 
 class Decider:
@@ -90,11 +91,17 @@ class Decider:
         self.plans = heads.config.plans
         # A copy in C where that is possible: heads do not change while they decide.
         self.reader: Reader = (NativeReader if available(heads) else TorchReader)(self.heads, card)
+        self._policies = TorchReader(self.heads, card) if heads.config.policy else None
 
     @property
     def reads_boundaries(self) -> bool:
         """Whether the card knows how to read states at boundaries."""
         return self.card is not None and self.card.running is not None
+
+    @property
+    def modulates(self) -> bool:
+        """Whether the heads know decoding policies; without them `policy` says identity."""
+        return self._policies is not None
 
     def plan(self, taps: Tensor) -> list[PlanDecision]:
         """taps [B, L, C] at the last prompt token -> one PlanDecision per row."""
@@ -121,6 +128,13 @@ class Decider:
             far = distance if math.isfinite(distance) else None
             rows.append(BudgetDecision(expected, int(clipped), prob if known else None, known, logit, far))
         return rows
+
+    def policy(self, taps: Tensor, plans: Sequence[str]) -> list[Sampling | None]:
+        """taps [B, L, C] at the think tag under `plans` -> how to sample inside each thought, None = as asked for."""
+        self._check(plans, taps)
+        if self._policies is None:
+            return [None] * len(plans)
+        return [GRID[int(chosen)] for chosen, *_ in self._policies.policy(taps)]
 
     def after(
         self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: Sequence[bool] | None = None
@@ -165,8 +179,8 @@ class Decider:
         assert len(plans) == taps.shape[0], "one plan per row"
 
 
-def combine(plan: PlanDecision, budget: BudgetDecision) -> Decision:
-    """The two readings of one prompt as one Decision."""
+def combine(plan: PlanDecision, budget: BudgetDecision, sampling: Sampling | None = None) -> Decision:
+    """The readings of one prompt as one Decision."""
     return Decision(
         plan=plan.plan,
         plan_probs=plan.probs,
@@ -174,4 +188,5 @@ def combine(plan: PlanDecision, budget: BudgetDecision) -> Decision:
         budget_clipped=budget.clipped,
         confidence=budget.confidence,
         calibrated=budget.calibrated,
+        sampling=sampling,
     )

@@ -15,6 +15,7 @@ from gnomon.base.errors import ModelError
 from gnomon.metacognition.aggregator import LayerAggregator
 from gnomon.metacognition.config import SITES, MetacogConfig
 from gnomon.metacognition.experts import LayerExperts
+from gnomon.metacognition.policy import IDENTITY
 from gnomon.metacognition.trunk import PerLayerTrunk
 
 
@@ -23,7 +24,8 @@ class MetacogOutput:
     """plan_logits [N, K] · budget_raw [N] in log1p(tokens) · conf_raw [N] logit · alpha [N, L] · g [N, P].
 
     solve_logits, cost_raw [N, K], at the prompt: whether each plan solves the problem, and its log1p(tokens); None
-    where the config has no `values`.
+    where the config has no `values`. policy_logits [N, G], at the think tag: which entry of policy.GRID; None where the
+    config has no `policy`.
 
     per_layer: always present; empty unless asked for, else plan_logits_pl [N, L, K], budget_raw_pl [N, L],
     conf_raw_pl [N, L].
@@ -36,11 +38,24 @@ class MetacogOutput:
     g: Tensor
     solve_logits: Tensor | None = None
     cost_raw: Tensor | None = None
+    policy_logits: Tensor | None = None
     per_layer: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _head(proj_dim: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(proj_dim, proj_dim), nn.GELU(), nn.Linear(proj_dim, out))
+
+
+def _policy_head(proj_dim: int, entries: int) -> nn.Sequential:
+    """Says identity for every state until it is trained."""
+    head = _head(proj_dim, entries)
+    last = head[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    with torch.no_grad():
+        last.bias[IDENTITY] = 2.0
+    return head
 
 
 class MetacogHeads(nn.Module):
@@ -60,6 +75,7 @@ class MetacogHeads(nn.Module):
         self.budget_head = _head(proj_dim, 1)
         self.conf_head = _head(proj_dim, 1)
         self.value_head = _head(proj_dim, 2 * config.n_plans) if config.values else None
+        self.policy_head = _policy_head(proj_dim, config.policy) if config.policy else None
 
     def forward(self, taps: Tensor, site: Tensor, used: Tensor, *, per_layer: bool = False) -> MetacogOutput:
         """taps [N, L, C] of all backbone layers, site [N] int64 (see SITES), used [N] tokens -> MetacogOutput.
@@ -85,6 +101,7 @@ class MetacogHeads(nn.Module):
         return MetacogOutput(
             solve_logits=values[0],
             cost_raw=values[1],
+            policy_logits=None if self.policy_head is None else self.policy_head(g),
             plan_logits=self.plan_head(g),
             budget_raw=self.budget_head(g).squeeze(-1),
             conf_raw=self.conf_head(g).squeeze(-1),
@@ -112,7 +129,7 @@ class MetacogHeads(nn.Module):
     def fingerprint(self) -> str:
         """Hash of configuration and weights; a calibration card is bound to it."""
         # A field that older layers lack does not enter, so that their cards still belong to them.
-        absent = set() if self.config.values else {"values"}
+        absent = {name for name in ("values", "policy") if not getattr(self.config, name)}
         digest = hashlib.sha256(self.config.model_dump_json(exclude=absent).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}:{tuple(tensor.shape)}".encode())
@@ -121,11 +138,18 @@ class MetacogHeads(nn.Module):
 
 
 @torch.no_grad()
+def plan_agreement(out: MetacogOutput) -> Tensor:
+    """Share of rows in which each layer's plan is the global one, [L]; needs the per-layer record."""
+    return (out.per_layer["plan_logits_pl"].argmax(-1) == out.plan_logits.argmax(-1, keepdim=True)).float().mean(0)
+
+
+@torch.no_grad()
 def telemetry(out: MetacogOutput) -> dict[str, float]:
     """Gauges of one batch: alpha min/mean/max/entropy and, with per-layer records, agreement and spread.
 
-    alpha/entropy is in nats (log L = uniform); plan_agreement is the share of layers whose plan is the global one;
-    budget_layer_var is the variance over layers of log1p(tokens).
+    alpha/entropy is in nats (log L = uniform); plan_agreement is the share of layers whose plan is the global one (it
+    means something at the prompt, where plans are read); layers/budget_var is the variance over layers of
+    log1p(tokens); policy/identity is the share of rows that keep the sampler's own settings.
     """
     alpha = out.alpha
     entropy = -(alpha * alpha.clamp_min(1e-12).log()).sum(-1).mean()
@@ -136,9 +160,10 @@ def telemetry(out: MetacogOutput) -> dict[str, float]:
         "alpha/entropy": float(entropy),
     }
     if out.per_layer:
-        same = out.per_layer["plan_logits_pl"].argmax(-1) == out.plan_logits.argmax(-1, keepdim=True)
-        gauges["layers/plan_agreement"] = float(same.float().mean())
+        gauges["layers/plan_agreement"] = float(plan_agreement(out).mean())
         gauges["layers/budget_var"] = float(out.per_layer["budget_raw_pl"].var(-1, unbiased=False).mean())
+    if out.policy_logits is not None:
+        gauges["policy/identity"] = float((out.policy_logits.argmax(-1) == IDENTITY).float().mean())
     return gauges
 
 

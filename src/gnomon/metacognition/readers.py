@@ -45,8 +45,7 @@ class TorchReader:
         out = self._say(taps, PROMPT)
         logits, solve, cost = _floats(out.plan_logits), _maybe(out.solve_logits), _maybe(out.cost_raw)
         numbers(logits, solve, cost)
-        probs = np.exp(logits - logits.max(1, keepdims=True))
-        probs /= probs.sum(1, keepdims=True)
+        probs = _softmax(logits)
         chosen = probs.argmax(1) if self.card is None else self.card.choose_plan(probs, solve, cost)
         return _rows(chosen, *probs.T)
 
@@ -75,6 +74,18 @@ class TorchReader:
         card = self.card.running
         return _rows(_tokens(raw), card.upper(raw), card.confidence(logits), logits)
 
+    def policy(self, taps: Tensor) -> Rows:
+        """taps [N, A, C] at the think tag -> [chosen, probability of each entry of the grid]; heads with a policy.
+
+        No part of `Reader`: the head is off by default, and only torch reads it.
+        """
+        said = self._say(taps, THINK_SITE).policy_logits
+        assert said is not None, "the caller asks heads that have a policy"
+        logits = _floats(said)
+        numbers(logits)
+        probs = _softmax(logits)
+        return _rows(probs.argmax(1), *probs.T)
+
     @torch.no_grad()
     def _say(self, taps: Tensor, site: int, used: Sequence[int] | None = None) -> MetacogOutput:
         device = self.heads.layer_index.device
@@ -83,6 +94,12 @@ class TorchReader:
         where = torch.full((n,), site, dtype=torch.int64, device=device)
         found: MetacogOutput = self.heads(taps.to(device), where, tokens.to(device))
         return found
+
+
+def _softmax(logits: Floats) -> Floats:
+    """Logits [N, K] -> probabilities [N, K]."""
+    probs = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(probs / probs.sum(1, keepdims=True))
 
 
 def _tokens(raw: Floats) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from gnomon.base.errors import DataError
-from gnomon.base.seeds import fraction, seed_torch, torch_generator
+from gnomon.base.seeds import seed_torch, torch_generator
 from gnomon.metacognition.config import BOUNDARY, END, PROMPT, THINK_SITE, MetacogConfig
-from gnomon.metacognition.heads import MetacogHeads, MetacogOutput, telemetry
+from gnomon.metacognition.heads import MetacogHeads, MetacogOutput, plan_agreement, telemetry
 from gnomon.training import objectives
-from gnomon.training.labels import HeadData, LabelSet, Rollout
+from gnomon.training.head_rows import HeadRows, split
+from gnomon.training.labels import LabelSet, Rollout
 from gnomon.training.loop import fit
 from gnomon.training.objectives import LossWeights
 
@@ -36,7 +36,7 @@ class HeadsConfig(BaseModel):
 
     proj_dim: int = Field(default=64, ge=2)
     width: int = Field(default=128, ge=2)
-    aggregator: str = "attention"
+    aggregator: Literal["attention", "mean"] = "attention"
     layers: tuple[int, ...] | None = None
     experts_per_layer: int = Field(default=1, ge=1)
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
@@ -51,35 +51,16 @@ class HeadsConfig(BaseModel):
     plan_smoothing: float = Field(default=0.05, ge=0.0, lt=1.0)
     weights: LossWeights = LossWeights()
 
-    def metacog(self, n_layers: int, hidden_size: int, plans: tuple[str, ...]) -> MetacogConfig:
-        """The shape of the heads for a backbone with these taps."""
+    def metacog(self, n_layers: int, hidden_size: int, plans: tuple[str, ...], policy: int = 0) -> MetacogConfig:
+        """The shape of the heads for a backbone with these taps; policy: entries of its grid, 0 = no such head."""
         shared = self.model_dump(include={"proj_dim", "width", "aggregator", "layers", "experts_per_layer", "dropout"})
-        return MetacogConfig(n_layers=n_layers, hidden_size=hidden_size, plans=plans, values=True, **shared)
-
-
-class _Set:
-    """The arrays of one part of the label set as tensors on one device."""
-
-    def __init__(self, data: HeadData, problems: NDArray[np.bool_], device: str) -> None:
-        def take(x: NDArray[Any], rows: NDArray[np.bool_]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(x[rows])).to(device)
-
-        think, end = problems[data.think_row], problems[data.end_row]
-        self.prompt, self.plan = take(data.prompt_taps, problems), take(data.plan, problems)
-        self.solve, self.cost = take(data.solve, problems), take(data.cost, problems)
-        self.think, self.share = take(data.think_taps, think), take(data.share, think)
-        self.budget, self.censored = take(data.budget, think), take(data.censored, think)
-        self.end, self.used, self.correct = take(data.end_taps, end), take(data.used, end), take(data.correct, end)
-        at, rows = data.boundary, problems[data.boundary.row]
-        self.boundary, self.spent, self.need = take(at.taps, rows), take(at.used, rows), take(at.need, rows)
-        self.need_censored, self.outcome = take(at.censored, rows), take(at.correct, rows)
-
-    def sizes(self) -> tuple[int, int, int, int]:
-        return len(self.plan), len(self.share), len(self.correct), len(self.outcome)
+        return MetacogConfig(
+            n_layers=n_layers, hidden_size=hidden_size, plans=plans, values=True, policy=policy, **shared
+        )
 
 
 def _parts(
-    heads: MetacogHeads, data: _Set, rows: Sequence[Tensor], smoothing: float = 0.0
+    heads: MetacogHeads, data: HeadRows, rows: Sequence[Tensor], smoothing: float = 0.0
 ) -> tuple[dict[str, Tensor], MetacogOutput]:
     """Losses on rows of the prompt, think, end and boundary states (in this order); one forward pass."""
     p, t, e, m = rows
@@ -106,7 +87,10 @@ def _parts(
         "layer_budget": objectives.budget_error(budget_pl[a:b], need, cut),
         "layer_conf": objectives.confidence_bce(conf_pl[a:b], share) + objectives.confidence_bce(conf_pl[b:c], right),
         "layer_budget_var": objectives.layer_variance(budget_pl[a:b]),
+        "style_entropy": objectives.style_entropy(out.plan_logits[:a]),
     }
+    if out.policy_logits is not None:
+        parts["policy"] = objectives.policy_ce(out.policy_logits[a:b], data.policy[t])
     return parts, out
 
 
@@ -121,25 +105,25 @@ def _values(out: MetacogOutput, n: int, solve: Tensor, cost: Tensor) -> dict[str
 
 
 def fit_heads(
-    labels: LabelSet, config: HeadsConfig | None = None, seed: int = 0, *, device: str = "cpu", on_step: Any = None
+    labels: LabelSet,
+    config: HeadsConfig | None = None,
+    seed: int = 0,
+    *,
+    policy_rates: NDArray[np.floating[Any]] | None = None,
+    device: str = "cpu",
+    on_step: Any = None,
 ) -> tuple[MetacogHeads, dict[str, Any]]:
     """Train heads on a label set; the best state on the inner validation problems is kept.
 
+    policy_rates [P, K, G]: share right of every problem and plan (in the label set's order) under each of the first G
+    entries of policy.GRID, NaN = not measured; with them the heads get a decoding policy.
     on_step(step, row) sees every row of the loop (for progress and metrics). Returns (heads in eval mode on the CPU,
     report {train, val, steps, best_step, seconds, curve, telemetry, labels}). Raises DataError with too few problems.
     """
     config = config or HeadsConfig()
-    data = labels.arrays()
-    held = np.array([fraction("heads-inner-val", p.id) < config.inner_val for p in labels.problems])
-    if not held.any() or held.all() or not (data.plan[~held] >= 0).any():
-        raise DataError(
-            f"{len(labels.problems)} problems ({int((data.plan >= 0).sum())} solved by some strategy) are too few to "
-            "train heads on; label more problems or easier ones"
-        )
-    train, val = _Set(data, ~held, device), _Set(data, held, device)
+    train, val, entries = split(labels, policy_rates, config.inner_val, device)
     seed_torch("heads", seed)
-    shape = config.metacog(data.prompt_taps.shape[1], data.prompt_taps.shape[2], labels.strategies)
-    heads = MetacogHeads(shape).to(device)
+    heads = MetacogHeads(config.metacog(*train.shape, labels.strategies, entries)).to(device)
     _initialise(heads, train)
     best: dict[str, Any] = {"score": math.inf, "state": copy.deepcopy(heads.state_dict()), "step": 0, "stale": 0}
     curve: list[dict[str, float]] = []
@@ -183,7 +167,7 @@ def fit_heads(
 
 
 @torch.no_grad()
-def evaluate_heads(heads: MetacogHeads, data: _Set, weights: LossWeights, limit: int = 4096) -> dict[str, float]:
+def evaluate_heads(heads: MetacogHeads, data: HeadRows, weights: LossWeights, limit: int = 4096) -> dict[str, float]:
     """Losses (unregularised, weighted sum as `loss`) and plan accuracy on up to `limit` rows per site."""
     was = heads.training
     heads.eval()
@@ -199,8 +183,13 @@ def evaluate_heads(heads: MetacogHeads, data: _Set, weights: LossWeights, limit:
         "conf_after": 2,
         "boundary_budget": 3,
         "boundary_conf": 3,
+        "policy": 1,
     }
-    targets = {"budget": data.budget, "boundary_budget": data.need}
+    labelled = {
+        "budget": ~torch.isnan(data.budget),
+        "boundary_budget": ~torch.isnan(data.need),
+        "policy": data.policy >= 0,
+    }
     chunk = 512
     hits = 0.0
     for start in range(0, max(map(len, rows)), chunk):
@@ -209,10 +198,10 @@ def evaluate_heads(heads: MetacogHeads, data: _Set, weights: LossWeights, limit:
         n_plan = len(part_rows[0])
         hits += float((out.plan_logits[:n_plan].argmax(-1) == data.plan[part_rows[0]]).sum())
         for name, k in site_of.items():
-            known = targets.get(name)
+            known = labelled.get(name)
             if name not in parts:
                 continue
-            n = float(len(part_rows[k]) if known is None else (~torch.isnan(known[part_rows[k]])).sum())
+            n = float(len(part_rows[k]) if known is None else known[part_rows[k]].sum())
             if n:
                 sums[name] = sums.get(name, 0.0) + float(parts[name]) * n
                 counts[name] = counts.get(name, 0.0) + n
@@ -224,7 +213,7 @@ def evaluate_heads(heads: MetacogHeads, data: _Set, weights: LossWeights, limit:
     return scores
 
 
-def _initialise(heads: MetacogHeads, train: _Set) -> None:
+def _initialise(heads: MetacogHeads, train: HeadRows) -> None:
     taps = torch.cat([train.prompt, train.think, train.end, train.boundary])
     site = _sites(train.sizes(), taps.device)
     if heads.config.layers is not None:
@@ -257,8 +246,11 @@ def _warm_cosine(warmup: float) -> Any:
 
 
 @torch.no_grad()
-def _gauges(heads: MetacogHeads, data: _Set) -> dict[str, Any]:
-    """Telemetry at the think site, and the mean alpha of every layer per site (for the report's plot)."""
+def _gauges(heads: MetacogHeads, data: HeadRows) -> dict[str, Any]:
+    """Telemetry at the think site, and the mean alpha of every layer per site (for the report's plot).
+
+    Plans are compared at the prompt, where they are read.
+    """
     out: dict[str, Any] = {"alpha_by_site": {}}
     for name, site, taps, used in (
         ("prompt", PROMPT, data.prompt, None),
@@ -272,8 +264,11 @@ def _gauges(heads: MetacogHeads, data: _Set) -> dict[str, Any]:
         tokens = torch.zeros(len(taps), device=taps.device) if used is None else used[:2048]
         read = heads(taps, torch.full((len(taps),), site, device=taps.device), tokens, per_layer=True)
         out["alpha_by_site"][name] = [float(a) for a in read.alpha.mean(0)]
+        if name == "prompt":
+            agreement = plan_agreement(read)
+            out.update({"layers/plan_agreement": float(agreement.mean()), "agreement_by_layer": agreement.tolist()})
         if name == "think":
-            out.update(telemetry(read))
+            out = {**telemetry(read), **out}
     return out
 
 

@@ -1,11 +1,13 @@
 """Named losses of the metacognitive heads; each is a pure function, has a weight, and is tested alone.
 
-N rows · L layers · K plans. Budgets are in log1p(tokens). Rows without a target (NaN, or plan -1) carry no loss.
+N rows · L layers · K plans · G sampler settings. Budgets are in log1p(tokens). Rows without a target (NaN, or plan -1)
+carry no loss. What the base itself is trained with is in lm_objectives.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,12 +16,15 @@ from torch.nn import functional as F
 
 from gnomon.base.errors import unknown
 
+BONUSES: Final = frozenset({"style_entropy"})  # more is better: `weighted` takes them off
+
 
 class LossWeights(BaseModel):
     """Weight of each named part; 0 switches it off. `layer_*` train the per-layer experts.
 
     `solve` and `cost` train the values of the plans: the share of right rollouts and log1p(mean tokens) of each.
-    `boundary_*` train the running estimates: remaining tokens, final correctness and its order.
+    `boundary_*` train the running estimates: remaining tokens, final correctness and its order. `policy` trains the
+    decoding policy; `style_entropy` is a bonus.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +44,8 @@ class LossWeights(BaseModel):
     layer_budget: float = Field(default=0.2, ge=0.0)
     layer_conf: float = Field(default=0.2, ge=0.0)
     layer_budget_var: float = Field(default=0.01, ge=0.0)
+    policy: float = Field(default=0.5, ge=0.0)
+    style_entropy: float = Field(default=0.0, ge=0.0)
 
 
 def plan_ce(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -48,7 +55,7 @@ def plan_ce(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
     logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     held = target >= 0
     if not bool(held.any()):
-        return logits.sum() * 0.0
+        return logits[:0].sum()  # not `sum() * 0`, which is NaN where a logit is masked
     return F.cross_entropy(logits[held], target[held], label_smoothing=smoothing)
 
 
@@ -60,7 +67,7 @@ def budget_error(pred: Tensor, target: Tensor, censored: Tensor | None = None) -
     gap, held = _gap(pred, target)
     if censored is not None:
         gap = torch.where(_like(censored, gap), gap.clamp_max(0.0), gap)
-    return _mean(gap.square(), held)
+    return masked_mean(gap.square(), held)
 
 
 def budget_pinball(pred: Tensor, target: Tensor, q: float, censored: Tensor | None = None) -> Tensor:
@@ -68,7 +75,7 @@ def budget_pinball(pred: Tensor, target: Tensor, q: float, censored: Tensor | No
     gap, held = _gap(pred, target)
     if censored is not None:
         gap = torch.where(_like(censored, gap), gap.clamp_max(0.0), gap)
-    return _mean(torch.maximum(-q * gap, (1.0 - q) * gap), held)
+    return masked_mean(torch.maximum(-q * gap, (1.0 - q) * gap), held)
 
 
 def confidence_bce(logit: Tensor, target: Tensor) -> Tensor:
@@ -76,7 +83,7 @@ def confidence_bce(logit: Tensor, target: Tensor) -> Tensor:
     wide = _like(target, logit)
     held = ~torch.isnan(wide)
     loss = F.binary_cross_entropy_with_logits(logit, torch.where(held, wide, 0.5), reduction="none")
-    return _mean(loss, held)
+    return masked_mean(loss, held)
 
 
 def confidence_rank(logit: Tensor, target: Tensor, margin: float = 0.25) -> Tensor:
@@ -86,7 +93,7 @@ def confidence_rank(logit: Tensor, target: Tensor, margin: float = 0.25) -> Tens
     """
     difference = target[:, None] - target[None, :]
     held = difference > margin  # False at NaN
-    return _mean(F.softplus(-(logit[:, None] - logit[None, :])), held)
+    return masked_mean(F.softplus(-(logit[:, None] - logit[None, :])), held)
 
 
 def layer_variance(budget_raw_pl: Tensor) -> Tensor:
@@ -96,18 +103,65 @@ def layer_variance(budget_raw_pl: Tensor) -> Tensor:
     return budget_raw_pl.var(dim=1, unbiased=False).mean()
 
 
-def weighted(parts: Mapping[str, Tensor], weights: LossWeights) -> tuple[Tensor, dict[str, float]]:
-    """Sum of weight × part, and every part unweighted for the log. Raises UnknownNameError for an unnamed part."""
-    table = weights.model_dump()
+def policy_ce(logits: Tensor, target: Tensor) -> Tensor:
+    """logits [N, G] at the think tag, target [N] int64 -> mean cross-entropy; decisions.md §3.
+
+    target: the entry of policy.GRID with the best pass rate at the row's plan (`policy_labels`), -1 = no label.
+    """
+    return plan_ce(logits, target)
+
+
+def style_entropy(plan_logits: Tensor) -> Tensor:
+    """plan_logits [N, K] -> entropy in nats of the batch-mean plan distribution, at most log K; 0 without rows.
+
+    A bonus (decisions.md §3): it falls when all problems go to one strategy, and not when every problem is decided
+    surely, as an entropy per row would.
+    """
+    if not len(plan_logits):
+        return plan_logits.sum()
+    mean = plan_logits.softmax(-1).mean(0).clamp_min(1e-12)  # a share that underflows to 0 has no finite gradient
+    return torch.special.entr(mean).sum()
+
+
+def expected_need(plan_logits: Tensor, cost: Tensor) -> Tensor:
+    """Need in log tokens, expected over the plans: sum_k p_k · cost_k. plan_logits, cost [N, K] -> [N].
+
+    Costs are constants here: a penalty on the need may move the choice of a plan, never what a plan is said to cost.
+    """
+    return (plan_logits.softmax(-1) * cost.detach()).sum(-1)
+
+
+def over_budget(need: Tensor, cap: Tensor) -> Tensor:
+    """Mean of max(0, need - cap) in log tokens. need [N] or [N, L], cap [N] in log1p(tokens), NaN = no cap.
+
+    Meant for `expected_need`. On a predicted budget it would teach a head to say less than is needed.
+    """
+    gap, held = _gap(need, cap)
+    return masked_mean(gap.clamp_min(0.0), held)
+
+
+def weighted(parts: Mapping[str, Tensor], *weights: BaseModel) -> tuple[Tensor, dict[str, float]]:
+    """Sum of weight × part (bonuses taken off), and every part unweighted for the log.
+
+    weights: one or more tables with a number per name. Raises UnknownNameError for an unnamed part.
+    """
+    table: dict[str, float] = {name: value for each in weights for name, value in each.model_dump().items()}
     total: Tensor | None = None
     for name, part in parts.items():
         if name not in table:
             raise unknown("loss", name, table)
         if table[name] > 0:
-            total = part * table[name] if total is None else total + part * table[name]
+            weight = -table[name] if name in BONUSES else table[name]
+            total = part * weight if total is None else total + part * weight
     if total is None:
         raise unknown("non-zero loss among", ", ".join(parts) or "(none)", table)
     return total, {f"loss/{name}": float(part.detach()) for name, part in parts.items()}
+
+
+def masked_mean(values: Tensor, held: Tensor) -> Tensor:
+    """Mean of the values where `held` (bool, same shape); 0 with a graph where nothing is held."""
+    count = held.sum().clamp_min(1)
+    return torch.where(held, values, torch.zeros_like(values)).sum() / count
 
 
 def _like(x: Tensor, reference: Tensor) -> Tensor:
@@ -118,8 +172,3 @@ def _gap(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     wide = _like(target, pred)
     held = ~torch.isnan(wide)
     return pred - torch.where(held, wide, pred.detach()), held
-
-
-def _mean(values: Tensor, held: Tensor) -> Tensor:
-    count = held.sum().clamp_min(1)
-    return torch.where(held, values, torch.zeros_like(values)).sum() / count
