@@ -102,8 +102,8 @@ def adapt(module: nn.Module, config: AdaptConfig) -> Adapted:
     """Make `module` (a Hugging Face causal LM or our decoder) learn as `config` says, and nothing else of it.
 
     A compiled or lean pass over the same module may hold the weights as they lay when it was built: build it again
-    after training, for LoRA inside `Adapted.merged()`. Raises as `unfrozen`, and ModelError without peft, for unknown targets, or for a module
-    that is adapted already.
+    after training, for LoRA inside `Adapted.merged()`. Raises as `unfrozen`, and ModelError without peft, for unknown
+    targets, or for a module that is adapted already.
     """
     if lora_layers(module):
         raise ModelError("this model carries LoRA layers already; call restore() of what adapted it first")
