@@ -17,6 +17,7 @@ from gnomon.data.encode import encode_record
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
 from gnomon.model.decoder import Decoder, DecoderConfig
 from gnomon.model.folder import save_decoder
+from gnomon.model.steering import Steering
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.tags import STRATEGIES
 from gnomon.reasoner import shipped
@@ -36,12 +37,17 @@ class Said:
     raw: float = 0.0
     remaining: float = 0.0
     upper: int = 0
+    gate: Tensor | None = None
 
 
 class Layer:
-    """The stand-in's base: a layer that says nothing at boundaries."""
+    """The stand-in's base: a layer that says nothing at boundaries, and acts on nothing."""
 
-    reads_boundaries = False
+    reads_boundaries = modulates = False
+    steering: Steering | None = None
+
+    def policy(self, taps: Tensor, plans: Sequence[str]) -> list[None]:
+        raise AssertionError("this layer must not be asked for policies")
 
     def running(self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: object = None) -> list[Said]:
         raise AssertionError("this layer must not be asked at boundaries")

@@ -55,7 +55,8 @@ class Reasoner:
 
     best_plan: family -> strategy with the highest val accuracy, stored when the model was shipped.
     max_think: think tokens where nobody names a number (None = what the context leaves). rules: soft rules for
-    everything that is decoded (decoding.slack.factory). running: estimate again at boundaries.
+    everything that is decoded (decoding.slack.factory). running: estimate again at boundaries. modulate: sample
+    thoughts as the layer's decoding policy says.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Reasoner:
     max_think: int | None = None
     rules: Rules | None = None
     running: bool = False
+    modulate: bool = False
 
     @classmethod
     def load(cls, name: str | Path, device: str = "cpu") -> Reasoner:
@@ -95,18 +97,24 @@ class Reasoner:
         found = store.load(folder, self.base)
         if found is None:
             return self
-        heads, card = found
+        heads, card, steerer = found
         best = {**self.best_plan, **(card.best_plan if card else {})}
-        return replace(self, decider=Decider(heads, card), best_plan=best)
+        return replace(self, decider=Decider(heads, card, steerer), best_plan=best)
 
     def save_layer(self, folder: Path) -> None:
         """Write the metacognitive layer to `folder` and, unless the base lies there too, which base it belongs to."""
         if self.decider is None:
             raise ModelError(f"{self.name} has no metacognitive layer to save; train one with `gnomon train metacog`")
-        store.save(folder, self.decider.heads, self.decider.card, self.base)
+        store.save(folder, self.decider.heads, self.decider.card, self.base, self.decider.steerer)
         if not (folder / "config.json").is_file():
             base = self.name if self.folder is None or self.name in SHIPPED else str(self.folder.resolve())
             write_atomic(folder / BASE_FILE, json.dumps({"base": base}) + "\n")
+
+    def unpredicted(self) -> Reasoner:
+        """The same model without predictions and rules: what acts inside thoughts stays (for labels)."""
+        steerer = None if self.decider is None else self.decider.steerer
+        decider = None if self.decider is None or steerer is None else Decider(self.decider.heads, None, steerer)
+        return replace(self, decider=decider, rules=None)
 
     def engine(self, max_batch: int = 64) -> Engine:
         return Engine(
@@ -117,6 +125,7 @@ class Reasoner:
             max_think=self.max_think,
             rules=self.rules,
             running=self.running,
+            modulate=self.modulate,
         )
 
     def request(self, ident: str, text: str, **options: Any) -> Request:

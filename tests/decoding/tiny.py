@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gnomon.base import seeds
 from gnomon.decoding.sampling import stream_key, uniforms
-from gnomon.model.backbone import BackboneOutput, Taps, Tokens, stacked, wanted
+from gnomon.model.backbone import BackboneOutput, Taps, Tokens, laid_out, stacked, wanted
 from gnomon.model.slots import TensorSlots, start_pass
+from gnomon.model.steering import Steer
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.trace import Request
 
@@ -54,13 +55,21 @@ class Tiny:
         return TensorSlots(2, slots, self.heads, capacity, self.hidden_size // self.heads, self.embed)
 
     def extend(
-        self, cache: Any, tokens: Tokens, first: int = 0, *, logits: str = "last", taps: Taps = False
+        self,
+        cache: Any,
+        tokens: Tokens,
+        first: int = 0,
+        *,
+        logits: str = "last",
+        taps: Taps = False,
+        steer: Steer | None = None,
     ) -> BackboneOutput:
         self.steps += 1
         asked = wanted(taps, len(tokens))
         self.tapped += bool(asked)
         self.widths.append(len(tokens))
         run = start_pass(cache, tokens, first, self.context, len(tokens))
+        guided = laid_out(steer, run)
         b, t = run.ids.shape
         assert int((cache.lengths[first : first + b] + run.counts).max()) <= self.context
         x = self.embed[run.ids] + self.places[run.places]
@@ -70,6 +79,7 @@ class Tiny:
             k, v = run.append(i, k, v)
             scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~run.mask, -torch.inf)
             x = x + (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1) @ self.out[i]
+            x = x if guided is None else guided(i, x)
             states.append(x[torch.arange(b), run.last])
         run.advance(t)
         found = None if logits == "none" else norm(states[-1]) @ self.unembed + self.bias

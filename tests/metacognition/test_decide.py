@@ -166,7 +166,7 @@ def test_a_distance_that_is_no_number_is_foreign(
 ) -> None:
     said = [[3.0, 4.0, 0.5, 0.0, distance] for distance in (0.0, math.nan, math.inf, 0.0, math.nan)]
     decider = Decider(heads, make_card(heads))
-    monkeypatch.setattr(decider.reader, "budget", lambda taps: said)
+    monkeypatch.setattr(decider.reader, "budget", lambda taps, plans: (said, None))
     rows = decider.budget(taps, ["steps"] * N)
     assert [d.confidence is not None for d in rows] == [d.calibrated for d in rows] == [True, False, False, True, False]
     assert [d.distance for d in rows] == [0.0, None, None, 0.0, None]

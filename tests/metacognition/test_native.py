@@ -21,6 +21,7 @@ from gnomon.metacognition.calibration import (
     Temperatures,
 )
 from gnomon.metacognition.config import MetacogConfig
+from gnomon.metacognition.gate import FeedbackGate
 from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.native import NativeReader, available
 from gnomon.metacognition.readers import TorchReader
@@ -83,9 +84,10 @@ def test_what_is_read_in_c_is_what_heads_and_card_say(
     card = card_of(module, taps, price) if with_card else None
     fast, slow = NativeReader(module, card), TorchReader(module, card)
     used = [11 * i for i in range(211)]
+    plans = [i % module.config.n_plans for i in range(211)]
     said = [
         (fast.plan(taps), slow.plan(taps)),
-        (fast.budget(taps), slow.budget(taps)),
+        (fast.budget(taps, plans)[0], slow.budget(taps, plans)[0]),
         (fast.after(taps, used), slow.after(taps, used)),
     ]
     if card is not None:
@@ -116,11 +118,34 @@ def test_a_row_does_not_depend_on_its_company() -> None:
     taps = torch.randn(6, 5, 33, generator=torch_generator("native-company"))
     fast = NativeReader(module, card_of(module, torch.randn(60, 5, 33), 0.01))
     used = [3, 9, 0, 40, 2, 7]
-    whole = fast.plan(taps), fast.budget(taps), fast.after(taps, used), fast.running(taps, used)
+    plans = [0, 1, 2, 3, 0, 1]
+    whole = fast.plan(taps), fast.budget(taps, plans)[0], fast.after(taps, used), fast.running(taps, used)
     for i in range(6):
         one, mine = taps[i : i + 1], used[i : i + 1]
-        alone = fast.plan(one), fast.budget(one), fast.after(one, mine), fast.running(one, mine)
+        alone = fast.plan(one), fast.budget(one, plans[i : i + 1])[0], fast.after(one, mine), fast.running(one, mine)
         assert [said[0] for said in alone] == [said[i] for said in whole]
     assert fast.after(taps[::2], used[::2]) == [whole[2][i] for i in (0, 2, 4)], "strides are followed"
     with pytest.raises(ModelError, match=r"taps must be \[N, 5, 33\]"):
         fast.plan(taps[:, :4])
+
+
+@needs_compiler
+@pytest.mark.parametrize("with_card", [True, False])
+def test_a_gate_in_c_is_the_module_s(with_card: bool) -> None:
+    module = heads(values=True)
+    taps = torch.randn(70, 5, 33, generator=torch_generator("native-gate"))
+    card = card_of(module, taps, None) if with_card else None
+    gate = FeedbackGate(module.config.proj_dim, 4, 33)
+    plans = [i % 4 for i in range(70)]
+    vectors = NativeReader(module, card, gate).budget(taps, plans)[1]
+    assert vectors is not None and torch.equal(vectors, torch.ones(70, 33)), "the identity at initialisation"
+    torch.nn.init.normal_(gate.out.weight)
+    torch.nn.init.normal_(gate.out.bias)
+    rows, got = NativeReader(module, card, gate).budget(taps, plans)
+    want = TorchReader(module, card, gate).budget(taps, plans)[1]
+    assert got is not None and want is not None and torch.allclose(got, want, atol=1e-4)
+    assert float(got.min()) >= 0.5 and float(got.max()) <= 1.5 and float(got.std()) > 0.1
+    other = NativeReader(module, card, gate).budget(taps, [(k + 1) % 4 for k in plans])[1]
+    assert other is not None and not torch.allclose(got, other), "the plan is an input"
+    plain = NativeReader(module, card).budget(taps, plans)[0]
+    assert np.array_equal(rows, plain, equal_nan=True), "what is decided does not depend on the gate"

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from gnomon.base.errors import ConfigError, GnomonError
 from gnomon.decoding.budget_config import BudgetConfig
+from gnomon.decoding.choices import AfterChoice, BudgetChoice, RunningChoice, Sampling
 from gnomon.decoding.room import Room, allot, check_prefix
-from gnomon.decoding.row import AfterChoice, BudgetChoice, Decode, Row, RunningChoice, Sink, left
+from gnomon.decoding.row import Decode, Row, Sink, left
 from gnomon.decoding.session import Session
 from gnomon.decoding.slack import Rules
 from gnomon.model.backbone import Backbone
+from gnomon.model.steering import Steering
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.trace import Request, Trace
 
@@ -37,6 +39,17 @@ class Metacog(Protocol):
     @property
     def reads_boundaries(self) -> bool:
         """Whether `running` may be asked."""
+
+    @property
+    def steering(self) -> Steering | None:
+        """What the layer does to the base inside thoughts, None where it only reads."""
+
+    @property
+    def modulates(self) -> bool:
+        """Whether `policy` knows more than "as asked for"."""
+
+    def policy(self, taps: Tensor, plans: Sequence[str]) -> Sequence[Sampling | None]:
+        """At the think tag, one per row: how to sample inside the thought; None = as asked for."""
 
     def plan(self, taps: Tensor) -> Sequence[PlanChoice]:
         """At the last prompt token, one per row."""
@@ -64,7 +77,8 @@ class Engine:
     number (None or "predicted"); an explicit budget is only bound by the context. rules: soft rules for every sample
     (decoding.slack.factory); they may bring the close nearer, nothing else. running: let the layer estimate again at
     boundaries, where it has learned to, at most once in `running_every` think tokens; it may close sooner than
-    predicted, at a point that no card was fitted for.
+    predicted, at a point that no card was fitted for. modulate: sample thoughts as the layer's decoding policy says,
+    where it has learned one.
     """
 
     def __init__(
@@ -78,6 +92,7 @@ class Engine:
         rules: Rules | None = None,
         running: bool = False,
         running_every: int = 16,
+        modulate: bool = False,
     ) -> None:
         if max_batch < 1:
             raise ConfigError(f"max_batch must be ≥ 1; given {max_batch}")
@@ -85,6 +100,7 @@ class Engine:
         self.max_batch, self.decode, self.max_think = max_batch, decode, max_think
         self.rules, self.running_every = rules, running_every
         self.running = running and metacog is not None and metacog.reads_boundaries
+        self.modulate = modulate and metacog is not None and metacog.modulates
         tags = (layout.think, layout.end_think, layout.answer, layout.end_answer, *layout.end_think_also)
         self.long_tags = any(len(tag) > 1 for tag in tags)
         self.masks = torch.zeros((2, backbone.vocab_size), device=backbone.device)  # added to logits: think, answer

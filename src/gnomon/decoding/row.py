@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from gnomon.decoding.budget import BudgetState
 from gnomon.decoding.budget_config import BudgetConfig
+from gnomon.decoding.choices import AfterChoice, BudgetChoice, RunningChoice, Sampling
 from gnomon.decoding.room import Room
 from gnomon.decoding.slack import SoftRule
 from gnomon.protocol.layout import Layout
@@ -17,37 +18,6 @@ from gnomon.protocol.trace import Chunk, Finish, Region, Request, Source, Trace
 
 Decode = Callable[[Sequence[int]], str]
 Sink = Callable[[Chunk], None]
-
-
-class AfterChoice(Protocol):
-    """What the metacognitive layer says at the end tag."""
-
-    @property
-    def confidence(self) -> float | None: ...
-    @property
-    def calibrated(self) -> bool: ...
-    @property
-    def raw(self) -> float: ...
-
-
-class BudgetChoice(AfterChoice, Protocol):
-    """What it says at the think tag: the same, and a budget."""
-
-    @property
-    def predicted(self) -> float: ...
-    @property
-    def clipped(self) -> int: ...
-
-
-class RunningChoice(Protocol):
-    """What it says at a boundary: the tokens still needed, an upper bound of them, and confidence."""
-
-    @property
-    def remaining(self) -> float: ...
-    @property
-    def upper(self) -> int: ...
-    @property
-    def confidence(self) -> float | None: ...
 
 
 def left(request: Request) -> int | None:
@@ -74,6 +44,7 @@ class Row:
         "finish",
         "ids",
         "in_answer",
+        "inside",
         "key",
         "layout",
         "logprobs",
@@ -81,6 +52,8 @@ class Row:
         "order",
         "plan",
         "plan_probs",
+        "policy",
+        "prefix_inside",
         "queue",
         "read_next",
         "request",
@@ -124,6 +97,9 @@ class Row:
         self.effective = 0
         self.queue: tuple[int, ...] = ()  # ids that the engine forces next, first one first
         self.in_answer = False
+        self.inside = False  # the last token stands strictly inside the thought, and in no begun end tag
+        self.prefix_inside: list[bool] = []
+        self.policy: Sampling | None = None
         self.finish: Finish | None = None
         self.cancelled = False  # set from outside; takes effect at the next token
         self.think_start = self.think_end = self.answer_start = self.answer_end = 0
@@ -198,6 +174,7 @@ class Row:
         for token in request.think_prefix:
             self._append(token, 0.0, "sampled", "think")
             self.state.advance(token, "prefilled")
+            self.prefix_inside.append(self.state.open and not self.state.held)
         if self.plan in layout.empty_plans:
             self.state.close_now()
 
@@ -213,6 +190,7 @@ class Row:
     def take(self, choice: int, logprob: float) -> int:
         """The model chose `choice` here; returns the token that is fed next. Sets `finish` when nothing follows."""
         self.tapped = ""
+        self.inside = False
         if self.queue:
             token, self.queue = self.queue[0], self.queue[1:]
             self._append(token, 0.0, "forced", "tag")
@@ -236,6 +214,13 @@ class Row:
                 self.effective += state.granted
         elif request.budget is not None and request.use_prediction:
             state.lower_cap(need, "confidence")
+
+    def heat(self) -> tuple[float, float]:
+        """Temperature and top-p mass of the next token: the policy's inside the thought, the request's elsewhere."""
+        request = self.request
+        if self.policy is None or self.in_answer:
+            return request.temperature, request.top_p
+        return self.policy.temperature, self.policy.top_p
 
     @property
     def drawn(self) -> int:
@@ -285,6 +270,7 @@ class Row:
         state = self.state
         if state.plain(choice):
             self._append(choice, logprob, "sampled", "think")
+            self.inside = True
             if choice in self.layout.boundary:
                 self.tapped = "boundary"
             return choice
@@ -292,6 +278,7 @@ class Row:
         state.advance(token)
         if kind == "continue":
             self._append(token, logprob, "sampled", "think")
+            self.inside = state.open and not state.held
             if token in self.layout.boundary:
                 self.tapped = "boundary"
         else:

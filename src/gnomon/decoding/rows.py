@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gnomon.decoding.row import Row
+
 
 def picked(x: Tensor, rows: Sequence[int]) -> Tensor:
     """x [R, ...] -> the rows asked for: x itself where that is all of them, in order, else a copy."""
@@ -33,3 +35,11 @@ def arrays(taps: Tensor | None) -> list[Any]:
     """[R, L, C] on any device -> float32 arrays [L, C] that own their memory."""
     assert taps is not None, "the backbone was asked for taps and gave none"
     return [row.copy() for row in taps.detach().float().cpu().numpy()]
+
+
+def gates(rows: Sequence[Row]) -> Tensor:
+    """The rows' gate vectors as float32 [R, C]; [1, 0] where the layer has no gate and nobody reads them."""
+    found = [row.before.gate for row in rows if row.before is not None and row.before.gate is not None]
+    if len(found) < len(rows):
+        return torch.empty(1, 0)
+    return torch.from_numpy(np.stack([gate.cpu().numpy() for gate in found]))

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from gnomon.base.errors import ConfigError, ModelError
-from gnomon.decoding import sampling, slack
+from gnomon.decoding import sampling, soften
+from gnomon.decoding.choices import BudgetChoice
 from gnomon.decoding.prefix import AGAIN_LEAST, common_prefix
-from gnomon.decoding.row import BudgetChoice, Row, Sink
-from gnomon.decoding.rows import arrays, joined, picked
+from gnomon.decoding.row import Row, Sink
+from gnomon.decoding.rows import arrays, gates, joined, picked
 from gnomon.model.slots import SlotCache
+from gnomon.model.steering import Steer
 from gnomon.protocol.trace import Request, Trace
 
 if TYPE_CHECKING:
@@ -55,7 +57,9 @@ class Session:
         self.logits: Tensor | None = None  # [R, V] in front of every live row's next token
         self._prefix: tuple[int, ...] = ()  # the common beginning held in the spare slot
         self._spare = -1
-        self._settings: sampling.Params | None = None
+        self._settings: sampling.Params | None = None  # of the present rows, and their gate vectors [R, C]
+        self._gates: Tensor | None = None
+        self.steering = None if engine.metacog is None else engine.metacog.steering
         self._ordered = 0
         self._present: dict[str, list[Row]] = {}  # rows that wait or are decoded, by request
         self._failed: BaseException | None = None
@@ -113,20 +117,14 @@ class Session:
         assert self.logits is not None
         if self.engine.long_tags:
             self._ban_completions(self.logits)
-        leaning = self._soften(self.logits) if self.engine.rules is not None else []
+        leaning = soften.soften(self.rows, self.logits, self.engine.masks[0]) if self.engine.rules is not None else []
         steps = np.fromiter((r.drawn for r in self.rows), dtype=np.uint64, count=len(self.rows))
         phase = np.fromiter((r.in_answer for r in self.rows), dtype=np.int32, count=len(self.rows))
         found = sampling.sample(self.logits, self._sampling(), steps, self.engine.masks, phase)
         if not bool(torch.isfinite(found[1]).all()):
             self._no_numbers(found[1])
         ids, logprobs = found[0].tolist(), found[1].tolist()
-        for i, look, margin, plain in leaning:
-            state = self.rows[i].state
-            if slack.leaned(look, margin, ids[i], state.tag_next):
-                state.lean()
-            # What the model gives this token, not the rule; without truncation, which may leave the tag no mass.
-            heat = float(self._sampling().temperature[i])
-            logprobs[i] = float((plain[0] / heat).log_softmax(-1)[ids[i]])
+        soften.settle(leaning, self.rows, ids, logprobs, self._sampling().temperature)
         tokens = self._take(ids, logprobs)
         self._leave(tokens)
         if self.rows:
@@ -154,7 +152,7 @@ class Session:
         logits = self._open([*leaders, *others], start)
         self.rows += [*leaders, *others]
         self.logits = logits if self.logits is None or not start else joined(self.logits, logits)
-        self._settings = None
+        self._settings = self._gates = None
 
     def _next(self, free: int) -> Iterator[Row]:
         """Up to `free` waiting rows; cancelled ones are finished here."""
@@ -232,6 +230,9 @@ class Session:
         if metacog is not None and out.taps is not None:
             choices = metacog.budget(out.taps, [r.plan for r in joiners], [r.wished for r in joiners])
         states = arrays(out.taps) if self.record else None
+        if self.engine.modulate and metacog is not None and out.taps is not None:
+            for row, policy in zip(joiners, metacog.policy(out.taps, [r.plan for r in joiners]), strict=True):
+                row.policy = policy
         for i, row in enumerate(joiners):
             row.begin(choices[i])
             if states is not None:
@@ -245,7 +246,13 @@ class Session:
             if resumed:
                 rows = list(run)
                 first = rows[0][0]
-                out = self.backbone.extend(self.cache, [row.request.think_prefix for _, row in rows], start + first)
+                thoughts = [row.request.think_prefix for _, row in rows]
+                steer = None
+                if self.steering is not None:
+                    inside = [row.prefix_inside for _, row in rows]
+                    at = [i if within else -1 for i, flags in enumerate(inside) for within in flags]
+                    steer = Steer(self.steering, gates([row for _, row in rows]), at)
+                out = self.backbone.extend(self.cache, thoughts, start + first, steer=steer)
                 assert out.logits is not None
                 logits[first : first + len(rows)] = out.logits
         return logits
@@ -253,11 +260,11 @@ class Session:
     # -- one step -----------------------------------------------------------------------------------------------
     def _sampling(self) -> sampling.Params:
         if self._settings is None:
-            asked = [row.request for row in self.rows]
+            heat = [row.heat() for row in self.rows]
             self._settings = sampling.params(
-                [r.temperature for r in asked],
-                [r.top_k for r in asked],
-                [r.top_p for r in asked],
+                [temperature for temperature, _ in heat],
+                [row.request.top_k for row in self.rows],
+                [top_p for _, top_p in heat],
                 [row.key for row in self.rows],
                 self.backbone.device,
             )
@@ -270,30 +277,6 @@ class Session:
             at, token = torch.tensor(pairs, device=logits.device).T
             logits.index_put_((at, token), logits.new_tensor(-torch.inf))
 
-    def _soften(self, logits: Tensor) -> list[tuple[int, slack.Look, float, Tensor]]:
-        """Ask the soft rules of rows that think; adds their biases to the end tag's logits, in place.
-
-        Returns (row, what its rules say, margin and masked logits [1, V] before the bias) of the rows that were pushed.
-        """
-        asked = [(i, r) for i, r in enumerate(self.rows) if r.rules and not r.in_answer and r.state.needs_choice]
-        if not asked:
-            return []
-        at = torch.tensor([i for i, _ in asked], device=logits.device)
-        tags = torch.tensor([row.state.tag_next for _, row in asked], device=logits.device)
-        top = (logits[at] + self.engine.masks[0]).max(-1)
-        margins = (top.values - logits[at, tags]).tolist()
-        pushed = []
-        for (i, row), margin, best in zip(asked, margins, top.indices.tolist(), strict=True):
-            state = row.state
-            last = row.ids[-1] if len(row.ids) > row.think_start else -1
-            look = slack.consult(row.rules, slack.SoftView.of(state, row.at_boundary(best), margin, last))
-            if look.cause is not None:
-                state.lower_cap(state.used, look.cause)
-            if look.bias:
-                pushed.append((i, look, margin, logits[i : i + 1] + self.engine.masks[0]))
-                logits[i, state.tag_next] += look.bias
-        return pushed
-
     def _take(self, choices: list[int], logprobs: list[float]) -> list[int]:
         """Let every row take its token; -1 where it has finished."""
         tokens = []
@@ -303,6 +286,8 @@ class Session:
                 tokens.append(-1)
                 continue
             token = row.take(choice, logprob)
+            if row.policy is not None and row.tapped == "end":
+                self._settings = None  # its thought is over: the answer is sampled as asked
             tokens.append(token if row.finish is None else -1)
         return tokens
 
@@ -324,7 +309,7 @@ class Session:
                 self.cache.cut(slot)
             self.rows.pop()
             tokens.pop()
-        self._settings = None
+        self._settings = self._gates = None
 
     def _finish(self, row: Row) -> None:
         mine = self._present[row.request.id]
@@ -346,7 +331,12 @@ class Session:
     def _feed(self, tokens: list[int]) -> None:
         """One position for every row; reads states only where a row stands at a site."""
         sites = [i for i, row in enumerate(self.rows) if row.tapped and self._wants(row)]
-        out = self.backbone.extend(self.cache, [(token,) for token in tokens], taps=sites)
+        steer = None
+        if self.steering is not None:
+            self._gates = gates(self.rows) if self._gates is None else self._gates
+            at = [i if row.inside else -1 for i, row in enumerate(self.rows)]
+            steer = Steer(self.steering, self._gates, at)
+        out = self.backbone.extend(self.cache, [(token,) for token in tokens], taps=sites, steer=steer)
         if sites:
             assert out.taps is not None
             self._read(sites, out.taps)

@@ -15,6 +15,7 @@ from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.native import NativeReader, available
 from gnomon.metacognition.policy import GRID, Sampling
 from gnomon.metacognition.readers import Reader, TorchReader
+from gnomon.metacognition.steerer import Steerer
 
 
 class PlanDecision(NamedTuple):
@@ -29,7 +30,7 @@ class BudgetDecision(NamedTuple):
 
     confidence: probability of a right answer, None when unknown; calibrated: the card holds for this prompt and plan.
     raw: the confidence logit (for fitting only); distance: of the state from the card's domain, None without a card
-    and where it is no number.
+    and where it is no number. gate: the feedback gate's factors [C], None without one.
     """
 
     predicted: float
@@ -38,6 +39,7 @@ class BudgetDecision(NamedTuple):
     calibrated: bool
     raw: float
     distance: float | None = None
+    gate: Tensor | None = None
 
 
 class AfterDecision(NamedTuple):
@@ -83,14 +85,17 @@ class Decider:
     that are no numbers raise ModelError.
     """
 
-    def __init__(self, heads: MetacogHeads, card: Card | None = None) -> None:
+    def __init__(self, heads: MetacogHeads, card: Card | None = None, steerer: Steerer | None = None) -> None:
         if card is not None and card.plans != heads.config.plans:
             raise ModelError(f"the card knows the plans {card.plans}, the heads know {heads.config.plans}")
         self.heads = heads.eval()
         self.card = card
         self.plans = heads.config.plans
         # A copy in C where that is possible: heads do not change while they decide.
-        self.reader: Reader = (NativeReader if available(heads) else TorchReader)(self.heads, card)
+        self.steerer = None if steerer is None else steerer.eval()
+        gate = None if steerer is None else steerer.gate
+        self.reader: Reader = (NativeReader if available(heads) else TorchReader)(self.heads, card, gate)
+        self.steering = None if steerer is None else steerer.steering()
         self._policies = TorchReader(self.heads, card) if heads.config.policy else None
 
     @property
@@ -121,12 +126,14 @@ class Decider:
         self._check(plans, taps)
         wished = plans if predicted_plans is None else predicted_plans
         card, rows = self.card, []
-        for row, plan, wish in zip(self.reader.budget(taps), plans, wished, strict=True):
+        read, gates = self.reader.budget(taps, [self.plans.index(p) for p in plans])
+        for i, (row, plan, wish) in enumerate(zip(read, plans, wished, strict=True)):
             expected, clipped, prob, logit, distance = row
+            gate = None if gates is None else gates[i]
             # A distance that is no number is foreign.
             known = card is not None and distance <= card.domain.threshold and card.covers(plan, predicted_plan=wish)
             far = distance if math.isfinite(distance) else None
-            rows.append(BudgetDecision(expected, int(clipped), prob if known else None, known, logit, far))
+            rows.append(BudgetDecision(expected, int(clipped), prob if known else None, known, logit, far, gate))
         return rows
 
     def policy(self, taps: Tensor, plans: Sequence[str]) -> list[Sampling | None]:

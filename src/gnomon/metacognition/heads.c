@@ -15,6 +15,7 @@ typedef struct {
   const float *inp, *inp_bias, *layer, *site, *gain, *used; /* packed [C -> W]; [W]; [L, W]; [S, W]; [S, W]; [W] */
   const float *out, *out_bias, *norm, *norm_bias;    /* packed [W -> P]; [P] each */
   const float *query, *prior;                        /* [P], [L] */
+  const float *gate, *gate_bias;                     /* packed [P + K + 1 -> C], [C]: FeedbackGate; NULL = none */
   const float *hidden_w[4], *hidden_b[4];            /* packed [P -> P], [P]: plan, budget, confidence, values */
   const float *last_w[4], *last_b[4];                /* packed [P -> K, 1, 1 or 2K] and their biases; values: NULL = none */
 } Heads;
@@ -38,6 +39,8 @@ typedef struct { /* one read, cut into chunks of `share` rows */
   const Card *card;
   int site, rows, share, width;
   const float *taps, *used;
+  const int32_t *plan; /* [N], and vectors [N, C]: what the gate does under these plans; NULL: not asked */
+  float *vectors;
   double *out;
   atomic_int failed; /* 1: no memory, 2: no finite number */
 } Read;
@@ -180,6 +183,16 @@ static int head(const Heads *h, int k, int n, const float *g, float *a, float *y
   return finite;
 }
 
+/* FeedbackGate: g [P], plan, confidence logit -> to [C]; said: room for P + K + 1 */
+static void gate(const Heads *h, const float *g, int plan, float logit, float *said, float *to) {
+  const int P = h->proj, K = h->plans, C = h->hidden;
+  memcpy(said, g, sizeof(float) * P);
+  for (int k = 0; k < K; k++) said[P + k] = k == plan;
+  said[P + K] = 1.0f / (1.0f + expf(-logit));
+  matmul(said, P + K + 1, 1, h->gate, C, P + K + 1, to, C);
+  for (int c = 0; c < C; c++) to[c] = 1.0f + 0.5f * tanhf(to[c] + h->gate_bias[c]);
+}
+
 static void chunk(void *all, int c) {
   Read *read = all;
   const Heads *h = read->heads;
@@ -187,13 +200,13 @@ static void chunk(void *all, int c) {
   const int L = h->layers, C = h->hidden, W = h->width, P = h->proj, K = h->plans, M = read->share * L, site = read->site;
   const int first = c * read->share, n = read->rows - first < read->share ? read->rows - first : read->share;
   const int64_t most = C > W ? C : W; /* x is also room for a distance */
-  float *room = malloc(sizeof(float) * ((size_t)M * (most + W + P) + L + n * (2 * P + 4 * K) + 2 * C + 4 * KB));
+  float *room = malloc(sizeof(float) * ((size_t)M * (most + W + P) + L + (n + 1) * (2 * P + 4 * K) + 2 * C + 4 * KB));
   if (!room) {
     atomic_store(&read->failed, 1);
     return;
   }
   float *x = room, *u = x + M * most + C, *z = u + M * W, *alpha = z + M * P + KB, *g = alpha + L, *a = g + n * P;
-  float *y = a + n * P + KB, *y2 = y + n * 2 * K;
+  float *y = a + (n + 1) * P + K + 1 + KB, *y2 = y + n * 2 * K;
   const float *taps = read->taps + (int64_t)first * h->all * C;
   double *to = read->out + (int64_t)first * read->width;
   int finite;
@@ -213,6 +226,8 @@ static void chunk(void *all, int c) {
       }
       *at++ = card->present ? sigmoid(y[r] / card->temperature[site] + card->shift[site]) : NAN;
       *at++ = y[r];
+      if (read->vectors)
+        gate(h, g + r * P, read->plan[first + r], y[r], a, read->vectors + (int64_t)(first + r) * C);
       if (site == THINK)
         *at = card->present ? distance(card, C, taps + ((int64_t)r * h->all + card->layer) * C, x, x + C) : NAN;
     }
@@ -224,12 +239,13 @@ static void chunk(void *all, int c) {
 /* taps [N, A, C] at `site`, used [N] tokens so far (NULL: 0) -> out [N, width] numbers a row:
    PROMPT chosen plan, probability of each plan · THINK expected tokens, clipped, confidence, its logit, distance ·
    END confidence, logit · BOUNDARY expected remainder, upper bound, confidence, logit.
+   At THINK also the gate's vectors [N, C] under `plan` [N], where they are asked for (else NULL).
    Returns 0 without memory, -1 where a head gave no finite number. */
-int gn_read(const Heads *h, const Card *card, int site, int rows, const float *taps, const float *used, double *out,
-            int width, int threads) {
+int gn_read(const Heads *h, const Card *card, int site, int rows, const float *taps, const float *used,
+            const int32_t *plan, float *vectors, double *out, int width, int threads) {
   int share = (rows + threads - 1) / threads;
   share = share > GROUP ? GROUP : share;
-  Read read = {h, card, site, rows, share, width, taps, used, out, 0};
+  Read read = {h, card, site, rows, share, width, taps, used, plan, vectors, out, 0};
   pool_run(chunk, &read, (rows + share - 1) / share, threads);
   const int failed = atomic_load(&read.failed);
   return failed == 2 ? -1 : !failed;

@@ -19,13 +19,14 @@ from gnomon.base.errors import ModelError
 from gnomon.base.native import Pointer
 from gnomon.metacognition.calibration import Card, numbers
 from gnomon.metacognition.config import BOUNDARY, END, PROMPT, SITES, THINK_SITE
+from gnomon.metacognition.gate import FeedbackGate
 from gnomon.metacognition.heads import MetacogHeads
 
 SOURCE: Final = Path(__file__).with_name("heads.c")
 _INTS: Final = ("all", "layers", "hidden", "width", "proj", "plans", "attention")
 _ARRAYS: Final = (
     "index", "mean", "inverse", "inp", "inp_bias", "layer", "site", "gain", "used", "out", "out_bias", "norm",
-    "norm_bias", "query", "prior",
+    "norm_bias", "query", "prior", "gate", "gate_bias",
 )  # fmt: skip
 _HEADS: Final = ("hidden_w", "hidden_b", "last_w", "last_b")
 _WIDTHS: Final = ((THINK_SITE, 5), (END, 2), (BOUNDARY, 4))  # numbers a row
@@ -50,7 +51,7 @@ class NativeReader:
     Raises ModelError where there is no compiled kernel.
     """
 
-    def __init__(self, heads: MetacogHeads, card: Card | None) -> None:
+    def __init__(self, heads: MetacogHeads, card: Card | None, gate: FeedbackGate | None = None) -> None:
         lib = native.library(SOURCE)
         if lib is None or heads.layer_index.device.type != "cpu":
             raise ModelError("the compiled heads are not available here; use TorchReader")
@@ -59,8 +60,9 @@ class NativeReader:
         self._index = np.asarray(config.used_layers, dtype=np.int32)
         self._rows = {site: ctypes.c_double * n for site, n in ((PROMPT, 1 + config.n_plans), *_WIDTHS)}
         self._call = lib.gn_read
-        self._call.argtypes = [*[Pointer] * 2, *[ctypes.c_int] * 2, *[Pointer] * 3, *[ctypes.c_int] * 2]
-        self._heads = self._build(heads)
+        self._call.argtypes = [*[Pointer] * 2, *[ctypes.c_int] * 2, *[Pointer] * 5, *[ctypes.c_int] * 2]
+        self._heads = self._build(heads, gate)
+        self._gated = gate is not None
         self._card = _Card() if card is None else self._build_card(card)
         self._fixed = ctypes.addressof(self._heads), ctypes.addressof(self._card)
 
@@ -68,9 +70,12 @@ class NativeReader:
         """taps [N, A, C] -> [chosen, probability of each plan] a row."""
         return self._read(taps, PROMPT)
 
-    def budget(self, taps: Tensor) -> list[Numbers]:
-        """taps [N, A, C] -> [expected tokens, clipped, confidence, its logit, distance] a row; NaN without a card."""
-        return self._read(taps, THINK_SITE)
+    def budget(self, taps: Tensor, plans: Sequence[int]) -> tuple[list[Numbers], Tensor | None]:
+        """As TorchReader.budget."""
+        if not self._gated:
+            return self._read(taps, THINK_SITE), None
+        vectors = torch.empty((len(plans), self._tail[1]))
+        return self._read(taps, THINK_SITE, plans=plans, vectors=vectors), vectors
 
     def after(self, taps: Tensor, used: Sequence[int]) -> list[Numbers]:
         """taps [N, A, C], used [N] tokens -> [confidence, its logit] a row; NaN without a card."""
@@ -80,7 +85,14 @@ class NativeReader:
         """taps [N, A, C], used [N] tokens -> [expected remainder, upper bound, confidence, its logit] a row."""
         return self._read(taps, BOUNDARY, used)
 
-    def _read(self, taps: Tensor, site: int, used: Sequence[int] | None = None) -> list[Numbers]:
+    def _read(
+        self,
+        taps: Tensor,
+        site: int,
+        used: Sequence[int] | None = None,
+        plans: Sequence[int] = (),
+        vectors: Tensor | None = None,
+    ) -> list[Numbers]:
         n, *tail = taps.shape
         if tuple(tail) != self._tail:
             raise ModelError(f"taps must be [N, {self._tail[0]}, {self._tail[1]}], got {list(taps.shape)}")
@@ -89,7 +101,10 @@ class NativeReader:
         tokens = None if used is None else (ctypes.c_float * n)(*used)
         row = self._rows[site]
         out = (row * n)()
-        done = self._call(*self._fixed, site, n, taps.data_ptr(), tokens, out, row._length_, torch.get_num_threads())
+        chosen, to = (None, None) if vectors is None else ((ctypes.c_int32 * n)(*plans), vectors.data_ptr())
+        done = self._call(
+            *self._fixed, site, n, taps.data_ptr(), tokens, chosen, to, out, row._length_, torch.get_num_threads()
+        )
         if not done:
             raise MemoryError("no memory to read the heads")
         if done < 0:
@@ -116,7 +131,7 @@ class NativeReader:
             by_site(*heat), by_site(*shift), by_site(*offset),
         )  # fmt: skip
 
-    def _build(self, heads: MetacogHeads) -> _Heads:
+    def _build(self, heads: MetacogHeads, gate: FeedbackGate | None) -> _Heads:
         c, trunk, aggregator = heads.config, heads.trunk, heads.aggregator
         plain = lambda t: self._arrays.plain(t.detach().numpy())  # noqa: E731
         packed = lambda t: self._arrays.packed(t.detach().numpy())  # noqa: E731
@@ -137,6 +152,8 @@ class NativeReader:
             "norm_bias": plain(trunk.norm.bias),
             "query": plain(aggregator.query) if attention else None,
             "prior": plain(aggregator.prior) if attention else None,
+            "gate": None if gate is None else packed(gate.out.weight),
+            "gate_bias": None if gate is None else plain(gate.out.bias),
         }
         sizes = (c.n_layers, len(c.used_layers), c.hidden_size, c.width, c.proj_dim, c.n_plans, int(attention))
         parts: dict[str, list[int]] = {name: [] for name in _HEADS}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gnomon.metacognition.calibration import Card, Floats, clip_tokens, numbers
 from gnomon.metacognition.config import BOUNDARY, END, PROMPT, THINK_SITE
+from gnomon.metacognition.gate import FeedbackGate
 from gnomon.metacognition.heads import MetacogHeads, MetacogOutput
 
 Rows = list[list[float]]
@@ -25,8 +26,11 @@ class Reader(Protocol):
     def plan(self, taps: Tensor) -> Rows:
         """taps [N, A, C] -> [chosen, probability of each plan]."""
 
-    def budget(self, taps: Tensor) -> Rows:
-        """taps [N, A, C] -> [expected tokens, clipped, confidence, its logit, distance]; NaN without a card."""
+    def budget(self, taps: Tensor, plans: Sequence[int]) -> tuple[Rows, Tensor | None]:
+        """taps [N, A, C] -> [expected tokens, clipped, confidence, its logit, distance]; NaN without a card.
+
+        Second: what a feedback gate does under these plans (indices [N]), float32 [N, C]; None without a gate.
+        """
 
     def after(self, taps: Tensor, used: Sequence[int]) -> Rows:
         """taps [N, A, C], used [N] tokens -> [confidence, its logit]; NaN without a card."""
@@ -38,8 +42,8 @@ class Reader(Protocol):
 class TorchReader:
     """On any device."""
 
-    def __init__(self, heads: MetacogHeads, card: Card | None) -> None:
-        self.heads, self.card = heads, card
+    def __init__(self, heads: MetacogHeads, card: Card | None, gate: FeedbackGate | None = None) -> None:
+        self.heads, self.card, self.gate = heads, card, gate
 
     def plan(self, taps: Tensor) -> Rows:
         out = self._say(taps, PROMPT)
@@ -49,16 +53,20 @@ class TorchReader:
         chosen = probs.argmax(1) if self.card is None else self.card.choose_plan(probs, solve, cost)
         return _rows(chosen, *probs.T)
 
-    def budget(self, taps: Tensor) -> Rows:
+    def budget(self, taps: Tensor, plans: Sequence[int]) -> tuple[Rows, Tensor | None]:
         out = self._say(taps, THINK_SITE)
+        vectors = None
+        if self.gate is not None:
+            with torch.no_grad():
+                vectors = self.gate(out.g, torch.tensor(list(plans), device=out.g.device), out.conf_raw).cpu()
         raw, logits = _floats(out.budget_raw), _floats(out.conf_raw)
         numbers(raw, logits)
         if self.card is None:
             nothing = np.full(len(raw), np.nan)
-            return _rows(_tokens(raw), clip_tokens(raw, 0.0), nothing, logits, nothing)
+            return _rows(_tokens(raw), clip_tokens(raw, 0.0), nothing, logits, nothing), vectors
         distance = self.card.domain.distance(_floats(taps[:, self.card.domain.layer]))
         probs = self.card.confidence(logits, "before")
-        return _rows(_tokens(raw), self.card.clip_budget(raw), probs, logits, distance)
+        return _rows(_tokens(raw), self.card.clip_budget(raw), probs, logits, distance), vectors
 
     def after(self, taps: Tensor, used: Sequence[int]) -> Rows:
         logits = _floats(self._say(taps, END, used).conf_raw)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
@@ -15,23 +16,46 @@ from gnomon.metacognition.calibration import FILE_NAME as CARD_FILE
 from gnomon.metacognition.calibration import Card
 from gnomon.metacognition.config import MetacogConfig
 from gnomon.metacognition.heads import MetacogHeads
+from gnomon.metacognition.steerer import SteerConfig, Steerer
 
 CONFIG_FILE: Final = "metacognition_config.json"
 WEIGHTS_FILE: Final = "metacognition.safetensors"
 VERSION: Final = 1
 
 
-def save(folder: Path, heads: MetacogHeads, card: Card | None, base: str) -> None:
+_STEERER: Final = "steerer."  # in front of the names of its tensors
+
+
+class Layer(NamedTuple):
+    """What a folder holds: heads, and where they are there a card and a steerer."""
+
+    heads: MetacogHeads
+    card: Card | None
+    steerer: Steerer | None
+
+
+def fingerprint(heads: MetacogHeads, steerer: Steerer | None) -> str:
+    """What a card is bound to: the weights of the whole layer."""
+    if steerer is None:
+        return heads.fingerprint()
+    return hashlib.sha256(f"{heads.fingerprint()}:{steerer.fingerprint()}".encode()).hexdigest()
+
+
+def save(folder: Path, heads: MetacogHeads, card: Card | None, base: str, steerer: Steerer | None = None) -> None:
     """Write the layer; base: fingerprint of the base model that its states come from."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder, WEIGHTS_FILE, {k: v.detach().contiguous() for k, v in heads.state_dict().items()})
+    tensors = {k: v.detach().contiguous() for k, v in heads.state_dict().items()}
     body = {"version": VERSION, "base": base, "heads": heads.config.model_dump(mode="json")}
+    if steerer is not None:
+        tensors |= {_STEERER + k: v.detach().contiguous() for k, v in steerer.state_dict().items()}
+        body["steerer"] = steerer.config.model_dump(mode="json")
+    save_tensors(folder, WEIGHTS_FILE, tensors)
     write_atomic(folder / CONFIG_FILE, json.dumps(body, indent=1) + "\n")
     if card is not None:
         card.save(folder / CARD_FILE)
 
 
-def load(folder: Path, base: str | None = None) -> tuple[MetacogHeads, Card | None] | None:
+def load(folder: Path, base: str | None = None) -> Layer | None:
     """The layer of a folder, or None where there is none.
 
     base: fingerprint of the base model at hand. Raises ModelError for a layer of another base, CheckpointError for
@@ -43,6 +67,7 @@ def load(folder: Path, base: str | None = None) -> tuple[MetacogHeads, Card | No
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         config = MetacogConfig.model_validate(body["heads"])
+        steering = SteerConfig.model_validate(body["steerer"]) if "steerer" in body else None
         made_on = str(body["base"])
     except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; train the heads again") from None
@@ -51,12 +76,17 @@ def load(folder: Path, base: str | None = None) -> tuple[MetacogHeads, Card | No
             f"the metacognitive layer in {folder} was trained on base {made_on[:12]}, but this base is {base[:12]}; "
             "load the base that it belongs to, or train heads for this one with `gnomon train metacog`"
         )
-    heads = MetacogHeads(config)
+    heads = MetacogHeads(config).eval()
+    steerer = None if steering is None else Steerer(steering, config).eval()
     state = load_tensors(folder, WEIGHTS_FILE)
-    missing = sorted(set(heads.state_dict()) ^ set(state))
-    if missing:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit its config: {', '.join(missing[:5])}")
-    heads.load_state_dict(state)
-    heads.eval()
-    card = Card.load(folder / CARD_FILE, heads.fingerprint()) if (folder / CARD_FILE).is_file() else None
-    return heads, card
+    parts = {"": heads, **({} if steerer is None else {_STEERER: steerer})}
+    wanted = {prefix + k: v.shape for prefix, part in parts.items() for k, v in part.state_dict().items()}
+    wrong = sorted(set(wanted.items()) ^ {(k, v.shape) for k, v in state.items()})
+    if wrong:
+        names = ", ".join(dict.fromkeys(name for name, _ in wrong[:5]))
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit its config: {names}")
+    heads.load_state_dict({k: v for k, v in state.items() if not k.startswith(_STEERER)})
+    if steerer is not None:
+        steerer.load_state_dict({k.removeprefix(_STEERER): v for k, v in state.items() if k.startswith(_STEERER)})
+    card = Card.load(folder / CARD_FILE, fingerprint(heads, steerer)) if (folder / CARD_FILE).is_file() else None
+    return Layer(heads, card, steerer)

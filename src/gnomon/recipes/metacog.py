@@ -22,6 +22,7 @@ from gnomon.evaluation.baselines import best_strategy
 from gnomon.evaluation.calibration_fit import Uncapped, fit_card
 from gnomon.evaluation.records import EvalRecord
 from gnomon.evaluation.sweep import Sweep
+from gnomon.metacognition import store
 from gnomon.metacognition.calibration import Card
 from gnomon.metacognition.decide import Decider
 from gnomon.metacognition.heads import MetacogHeads
@@ -112,7 +113,8 @@ def calibrate(
     best_plan: dict[str, str],
 ) -> tuple[Card, dict[str, Any]]:
     """Fit the card on greedy outcomes of the calibration split; rows that the clip would cut are decoded cut."""
-    bare = replace(base, decider=Decider(heads))
+    steerer = None if base.decider is None else base.decider.steerer
+    bare = replace(base, decider=Decider(heads, None, steerer))
 
     def cut(rows: Any, plans: Sequence[str], caps: Any) -> tuple[Any, Any]:
         jobs = [
@@ -127,7 +129,7 @@ def calibrate(
     return fit_card(
         Uncapped(**greedy),
         cost_order,
-        weights=heads.fingerprint(),
+        weights=store.fingerprint(heads, steerer),
         dataset=config.tasks,
         stream=config.stream,
         best_plan=best_plan,

@@ -50,9 +50,10 @@ def label(
     Every rollout keeps the state at one of its node boundaries, where it has any.
     """
     names = tuple(strategies or reasoner.codec.strategies)
-    bare = replace(reasoner, decider=None, rules=None)
     jobs = jobs_for(problems, names, samples, cap, seed)
-    found = run(bare, jobs, max_batch=max_batch, record_taps=True, sample_boundary=True, on_done=on_done)
+    found = run(
+        reasoner.unpredicted(), jobs, max_batch=max_batch, record_taps=True, sample_boundary=True, on_done=on_done
+    )
     per_job = 2 if samples else 1
     labelled = []
     for i, problem in enumerate(problems):

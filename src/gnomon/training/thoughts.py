@@ -1,0 +1,116 @@
+"""Finished rollouts as sequences to learn from, and the pass over them that training shares with serving.
+
+decisions.md §6: the states up to the think tag first, then what the layer makes of them, then the whole sequence with
+gate and adapters at the positions inside the thought. The first pass costs a third of a forward pass and no memory for
+gradients: what is read there is detached, and causality makes it what serving reads.
+Legend: B rows, T positions, L blocks, C channels, P proj_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gnomon.metacognition.config import THINK_SITE
+from gnomon.metacognition.heads import MetacogHeads, MetacogOutput
+from gnomon.metacognition.steerer import Steerer
+from gnomon.model.lm import LM
+from gnomon.model.steering import Steer
+from gnomon.protocol.layout import Layout
+from gnomon.protocol.match import matcher
+from gnomon.protocol.trace import Trace
+
+
+@dataclass(frozen=True)
+class Thought:
+    """One sequence: prompt, plan, thought and answer.
+
+    think_at: position of the think tag's last token, where g is read. inside: positions that gate and adapters act on.
+    think, answer: positions whose tokens the model chose, end tags of its own included. plan: index of the strategy.
+    """
+
+    ids: tuple[int, ...]
+    think_at: int
+    inside: tuple[bool, ...]
+    think: tuple[bool, ...]
+    answer: tuple[bool, ...]
+    plan: int
+
+
+def thought_of(trace: Trace, layout: Layout, plans: Sequence[str]) -> Thought:
+    """A finished trace as a sequence. Its ids are those that were sampled: nothing is decoded and encoded again."""
+    begin, end = trace.think_span
+    after, prompt = trace.answer_span[0], len(trace.prompt_ids)
+    chosen = [role == "sampled" for role in trace.roles]
+    none = (False,) * prompt
+    rule, state, inside = matcher(layout.end_think, *layout.end_think_also), 0, [False] * len(trace.ids)
+    for at in range(begin, end):
+        state = rule.step(state, trace.ids[at])
+        inside[at] = chosen[at] and rule.depth[state] == 0
+    return Thought(
+        ids=(*trace.prompt_ids, *trace.ids),
+        think_at=prompt + begin - 1,
+        inside=(*none, *inside),
+        think=(*none, *(c and begin <= at < after for at, c in enumerate(chosen))),
+        answer=(*none, *(c and at >= after for at, c in enumerate(chosen))),
+        plan=list(plans).index(trace.plan),
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids int64 [B, T], padded on the right; inside, think, answer bool [B, T]; think_at, plan int64 [B]."""
+
+    ids: Tensor
+    inside: Tensor
+    think: Tensor
+    answer: Tensor
+    think_at: Tensor
+    plan: Tensor
+
+
+def collate(thoughts: Sequence[Thought], pad: int, device: torch.device | str = "cpu") -> Batch:
+    """Rows of different lengths side by side."""
+    width = max(len(t.ids) for t in thoughts)
+
+    def grid(name: str, fill: int | bool) -> Tensor:
+        rows = [getattr(t, name) for t in thoughts]
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
+
+    masks = {name: grid(name, False) for name in ("inside", "think", "answer")}
+    places = {name: torch.tensor([getattr(t, name) for t in thoughts], device=device) for name in ("think_at", "plan")}
+    return Batch(ids=grid("ids", pad), **masks, **places)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """logits float32 [B, T, V]: the steered base; read: what the heads say at the think tag; vectors [B, C]."""
+
+    logits: Tensor
+    read: MetacogOutput
+    vectors: Tensor
+    steer: Steer
+
+
+def guided(lm: LM, heads: MetacogHeads, steerer: Steerer, batch: Batch, noise: torch.Generator | None = None) -> Guided:
+    """Both passes. noise: draws the adapters' gates (training), None = as in serving.
+
+    Gradients of what is made of `logits` reach gate, adapters, unfrozen parts of the base and, through g, trunk and
+    aggregator; those of `read` never reach the base.
+    """
+    first = int(batch.think_at.max()) + 1
+    with torch.no_grad():
+        states = lm(batch.ids[:, :first], logits=False, states_at=batch.think_at).states
+    assert states is not None
+    site = torch.full_like(batch.plan, THINK_SITE)
+    read: MetacogOutput = heads(states, site, torch.zeros(len(site), device=site.device))
+    vectors = steerer.vectors(read.g, batch.plan, read.conf_raw)
+    row = torch.arange(len(batch.ids), device=batch.ids.device)[:, None]
+    at = torch.where(batch.inside, row, -1)
+    steer = Steer(steerer.steering(), vectors, at, noise=noise, record=True)
+    logits = lm(batch.ids, steer=steer).logits
+    assert logits is not None
+    return Guided(logits, read, vectors, steer)
