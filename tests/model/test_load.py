@@ -190,7 +190,7 @@ def test_options_that_are_not_known(folder: Path) -> None:
             load_backbone(folder, dtype=dtype)
     with pytest.raises(ModelError, match="unknown attention 'flash_attention_2'; write sdpa or eager"):
         load_backbone(folder, attention="flash_attention_2")
-    for device in ("gpu", "cuda:99"):
+    for device in ("gpu", "cuda:99", "meta"):
         with pytest.raises(ModelError, match=f"there is no device '{device}' here"):
             load_backbone(folder, device=device)
     with pytest.raises(ModelError, match=r'weights="int8": its weights are not float32'):

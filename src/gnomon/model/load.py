@@ -136,8 +136,8 @@ def _device(name: str) -> torch.device:
 
     try:
         place = torch.device(name)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n", 1)[0]
         raise ModelError(
             f'there is no device {name!r} here ({reason}); write "cpu", or "cuda" where torch has it'
