@@ -48,8 +48,11 @@ def build() -> App:
     app.command(measure.evaluate, group=_MEASURE)
     app.command(measure.sweep, group=_MEASURE)
     app.command(validate.validate, group=_LOOK)
-    checks = App(name="check", group=_LOOK, help="Black-box tests of a model: does it keep its think budget?")
+    checks = App(
+        name="check", group=_LOOK, help="Black-box tests of a model: does it keep its think budget, is its base sound?"
+    )
     checks.command(check.budget)
+    checks.command(check.backbone)
     app.command(checks)
     app.command(runs.report, group=_LOOK)
     app.command(runs.runs, group=_LOOK)

@@ -62,3 +62,42 @@ def budget(
     for line in found.examples:
         console.say(line)
     return 0 if found.ok else BREACH
+
+
+def backbone(
+    model: str,
+    *,
+    n: int = 16,
+    seed: str = "check",
+    device: str = "cpu",
+    json: Annotated[bool, Flag] = False,
+) -> int:
+    """Does a base model decode soundly here? Slots, batches, taps, padding, tags against plain passes; exit 1 if not.
+
+    Args:
+        model: A shipped model (nano), smollm2, a model folder or a .gguf file.
+        n: How many random rows.
+        seed: Names the random rows.
+        device: cpu or cuda.
+        json: Print one JSON object.
+    """
+    if n < 2:
+        raise ConfigError(f"--n {n}: give at least 2, a row is compared with itself beside another")
+    from gnomon.conformance.backbone import GROUPS, MEANING, check_backbone
+    from gnomon.reasoner import Reasoner
+
+    reasoner = Reasoner.load(model, device=device)
+    with console.Stages(quiet=json) as stages:
+        found = check_backbone(reasoner, n, seed, on_done=stages("checks", len(GROUPS)))
+    if json:
+        console.emit_json({"model": model, **found.to_json()})
+        return 0 if found.ok else BREACH
+    rows = [
+        (name, c.ok, f"{c.worst:.4g}", f"{c.allowed:.4g}", "; ".join(filter(None, (MEANING[name], c.note))))
+        for name, c in found.checks.items()
+    ]
+    title = f"{model}: {found.family}, {found.backbone}, context {found.context}, {n} rows"
+    console.table(title, ("check", "ok", "worst", "allowed", "what"), rows)
+    for line in found.notes:
+        console.say(f"put right: {line}")
+    return 0 if found.ok else BREACH
