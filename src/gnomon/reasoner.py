@@ -26,6 +26,7 @@ from gnomon.metacognition.decide import Decider, combine
 from gnomon.model.backbone import Backbone, OwnBackbone
 from gnomon.model.folder import CONFIG, MODEL_TYPE, load_decoder
 from gnomon.model.native import own_backbone
+from gnomon.model.overlay import Overlay
 from gnomon.protocol.graph import Graph, to_text
 from gnomon.protocol.trace import Request, Trace
 
@@ -56,7 +57,7 @@ class Reasoner:
     best_plan: family -> strategy with the highest val accuracy, stored when the model was shipped.
     max_think: think tokens where nobody names a number (None = what the context leaves). rules: soft rules for
     everything that is decoded (decoding.slack.factory). running: estimate again at boundaries. modulate: sample
-    thoughts as the layer's decoding policy says.
+    thoughts as the layer's decoding policy says. overlay: what training changed of the base, already in `backbone`.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Reasoner:
     rules: Rules | None = None
     running: bool = False
     modulate: bool = False
+    overlay: Overlay | None = None
 
     @classmethod
     def load(cls, name: str | Path, device: str = "cpu") -> Reasoner:
@@ -98,14 +100,22 @@ class Reasoner:
         if found is None:
             return self
         heads, card, steerer = found
+        overlay, backbone = Overlay.load(folder), self.backbone
+        if overlay is not None:
+            from gnomon.model.load import rebuilt
+
+            overlay.apply(backbone.module)  # type: ignore[attr-defined]
+            backbone = rebuilt(backbone)
         best = {**self.best_plan, **(card.best_plan if card else {})}
-        return replace(self, decider=Decider(heads, card, steerer), best_plan=best)
+        return replace(self, backbone=backbone, decider=Decider(heads, card, steerer), best_plan=best, overlay=overlay)
 
     def save_layer(self, folder: Path) -> None:
         """Write the metacognitive layer to `folder` and, unless the base lies there too, which base it belongs to."""
         if self.decider is None:
             raise ModelError(f"{self.name} has no metacognitive layer to save; train one with `gnomon train metacog`")
         store.save(folder, self.decider.heads, self.decider.card, self.base, self.decider.steerer)
+        if self.overlay is not None:
+            self.overlay.save(folder)
         if not (folder / "config.json").is_file():
             base = self.name if self.folder is None or self.name in SHIPPED else str(self.folder.resolve())
             write_atomic(folder / BASE_FILE, json.dumps({"base": base}) + "\n")

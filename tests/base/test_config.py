@@ -105,3 +105,19 @@ def test_values() -> None:
     assert [parse_value(t) for t in ("3e-4", "1_000", "true", "null", "[1, 2]", "gym:x", "e", "1e")] == [
         3e-4, 1000, True, None, [1, 2], "gym:x", "e", "1e",
     ]  # fmt: skip
+
+
+def test_one_named_field_of_a_part_leaves_the_part_s_own_defaults_alone() -> None:
+    class Inner(Config):
+        size: int = 1
+        rate: float = 0.5
+        deep: tuple[int, ...] = ()
+
+    class Outer(Config):
+        part: Inner = Inner(size=7, deep=(1,))
+        other: Inner = Inner()
+
+    found, origins = resolve(Outer, None, {"part.rate": 0.25, "other.size": 3})
+    assert found == Outer(part=Inner(size=7, rate=0.25, deep=(1,)), other=Inner(size=3))
+    assert set(origins) == {"part.rate", "other.size"}
+    assert resolve(Outer, None, {"part": {"size": 2}})[0].part == Inner(size=2, deep=(1,))

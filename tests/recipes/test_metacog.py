@@ -37,7 +37,7 @@ def test_the_run_folder_holds_everything(made: demo.Demo, base: Path) -> None:
     names = {p.name for p in made.folder.iterdir()}
     assert {"model", "labels", "results.json", "report.html", "claims.json", "sweep.csv", "resolved.yaml"} <= names
     results = json.loads((made.folder / "results.json").read_text())
-    assert set(results) == {"summary", "sweep", "heads", "card", "seconds"}
+    assert set(results) == {"summary", "sweep", "heads", "card", "phases", "seconds"}
     assert results["summary"]["n"] == 26 and len(results["sweep"]["points"]) == 32
     assert json.loads((made.folder / "status.json").read_text())["state"] == "done"
     page = made.page.read_text()

@@ -154,7 +154,7 @@ def validate(model: type[C], values: Mapping[str, Any]) -> C:
     """`model` from a mapping; every problem in one ConfigError, one line per key."""
     check_keys(model, values)
     try:
-        return model.model_validate(dict(values))
+        return model.model_validate(_on_defaults(model, values))
     except ValidationError as error:
         lines = []
         for item in error.errors():
@@ -162,6 +162,21 @@ def validate(model: type[C], values: Mapping[str, Any]) -> C:
             given = "" if item["type"] == "missing" else f"; given {str(item['input'])[:80]!r}"
             lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{given}")
         raise ConfigError(f"{model.__name__}: " + "\n  ".join(lines)) from None
+
+
+def _on_defaults(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values laid over the model's own defaults: one field of a part that is named leaves its other fields alone."""
+    found = dict(values)
+    for name, given in values.items():
+        field = model.model_fields.get(name)
+        if field is None or not isinstance(field.default, BaseModel) or not isinstance(given, Mapping):
+            continue
+        under = flatten(field.default.model_dump(exclude_unset=True))
+        merged: dict[str, Any] = {}
+        for key, value in (*under.items(), *flatten(_on_defaults(type(field.default), given)).items()):
+            merged = merge(merged, key, value)
+        found[name] = merged
+    return found
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

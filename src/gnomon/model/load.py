@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gnomon.base.checkpoint import tensor_names
 from gnomon.base.errors import CheckpointError, ModelError
+from gnomon.model.backbone import OwnBackbone
 from gnomon.model.foreign import HFBackbone
 from gnomon.model.gguf import SMOLLM2, convert_gguf, smollm2_folder
 from gnomon.model.llama import LlamaBackbone, check_weights, unsupported
 from gnomon.model.llama_native import NativeLlama, library
+from gnomon.model.native import own_backbone
 
 if TYPE_CHECKING:
     import torch
@@ -115,14 +117,25 @@ def load_backbone(
                 f"the weights in {str(folder)!r} do not fill the model: {len(bad)} {name.replace('_', ' ')} "
                 f"({', '.join(bad[:3])}); copy the folder again"
             )
-    model = model.to(place)
+    return serving(model.to(place), weights)
+
+
+def serving(model: Any, weights: str = "float") -> HFBackbone | LlamaBackbone | NativeLlama:
+    """The fastest backbone for a Hugging Face model in memory. Raises ModelError for int8 where it cannot be."""
     obstacle, compiled = unsupported(model), library() is not None
     if obstacle is None and compiled:
         return NativeLlama(model, weights)
     if weights != "float":
         reason = obstacle or "int8 products need a C compiler (gcc, cc or clang), and there is none here"
-        raise ModelError(f'{str(folder)!r} cannot run with weights="int8": {reason}; leave weights="float"')
+        raise ModelError(f'{model.name_or_path!r} cannot run with weights="int8": {reason}; leave weights="float"')
     return LlamaBackbone(model) if obstacle is None else HFBackbone(model)
+
+
+def rebuilt(backbone: Any) -> Any:
+    """A backbone over the same module with its present weights: compiled passes hold copies of older ones."""
+    if isinstance(backbone, OwnBackbone):
+        return own_backbone(backbone.module)
+    return serving(backbone.module)
 
 
 def _known(what: str, given: str, names: tuple[str, ...]) -> None:

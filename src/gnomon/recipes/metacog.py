@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -26,11 +26,15 @@ from gnomon.metacognition import store
 from gnomon.metacognition.calibration import Card
 from gnomon.metacognition.decide import Decider
 from gnomon.metacognition.heads import MetacogHeads
+from gnomon.metacognition.steerer import SteerConfig
 from gnomon.reasoner import Reasoner, is_own
+from gnomon.recipes import phases
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
+from gnomon.training.adapt import AdaptConfig
 from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy
 from gnomon.training.labels import LabelSet, cache_folder
+from gnomon.training.phase_fit import PhaseConfig
 from gnomon.training.rollout import label
 
 
@@ -57,6 +61,12 @@ class MetacogRunConfig(Config):
     clip_tolerance: float = Field(default=0.001, ge=0, lt=1, description="accuracy that the budget clip may give up")
     labels: str | None = Field(default=None, description="a folder of labels from an earlier run with this base")
     heads: HeadsConfig = HeadsConfig()
+    phases: Literal["A", "AB", "ABC"] = Field(
+        default="A", description="A: heads; B: gate and adapters too; C: on-policy, with parts of the base"
+    )
+    steer: SteerConfig = SteerConfig()
+    b: PhaseConfig = PhaseConfig()
+    c: PhaseConfig = PhaseConfig(rounds=2, capped=0.5, adapt=AdaptConfig(mode="last_k", last_k=1))
 
 
 # A real pretrained base on a CPU: two strategies, short thoughts, greedy and one sampled rollout. Its wide states make
@@ -89,6 +99,9 @@ def draw_labels(base: Reasoner, config: MetacogRunConfig, split: str, n: int, sa
         "base": base.base, "tasks": config.tasks, "split": split, "n": n, "samples": samples, "levels": config.levels,
         "stream": config.stream, "cap": config.max_think, "strategies": strategies, "version": 2,
     }  # fmt: skip
+    steerer = None if base.decider is None else base.decider.steerer
+    if steerer is not None:
+        facts["layer"] = store.fingerprint(base.decider.heads, steerer)  # type: ignore[union-attr]
     folder = cache_folder(cache, facts)
     if (folder / "labels.json").is_file():
         return LabelSet.load(folder)
@@ -154,8 +167,17 @@ def recalibrate(reasoner: Reasoner, config: MetacogRunConfig) -> tuple[Card, dic
     return calibrate(reasoner, heads, labels, items, order, config, dict(reasoner.best_plan))
 
 
-def train(base: Reasoner, config: MetacogRunConfig, cache: Path, on_step: Any = None) -> Trained:
-    """Label, fit heads, calibrate. Train, val and calibration problems are disjoint by construction."""
+def train(
+    base: Reasoner,
+    config: MetacogRunConfig,
+    cache: Path,
+    on_step: Any = None,
+    on_phase: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> Trained:
+    """Label, fit heads, calibrate; then the phases that the config names, and a new card.
+
+    Train, val and calibration problems are disjoint by construction. on_phase: what `phases.run_phase` reports.
+    """
     if config.labels is not None:
         labels = LabelSet.load(Path(config.labels))
         if labels.meta.get("base") != base.base:
@@ -166,14 +188,33 @@ def train(base: Reasoner, config: MetacogRunConfig, cache: Path, on_step: Any = 
         heads, report = fit_heads(
             labels, config.heads, config.seed, on_step=lambda step, row: _tick(bar, step, row, on_step)
         )
-    val = draw_labels(base, config, "val", config.val_n, 0, cache)
+    reasoner = replace(base, decider=Decider(heads))
+    reasoner, card_report = _with_card(reasoner, labels.cost_order(), config, cache)
+    if config.phases != "A":
+        reasoner = phases.with_steerer(reasoner, config.steer, config.seed)
+        draw = phases.Draw(
+            config.tasks, config.levels, f"{config.stream}/phases", config.strategies, config.max_think,
+            config.max_batch, config.seed,
+        )  # fmt: skip
+        for letter, phase in zip(config.phases[1:], (config.b, config.c), strict=False):
+            reasoner = phases.run_phase(reasoner, phase, draw, letter, config.heads.weights, on_phase)
+        reasoner, card_report = _with_card(reasoner, labels.cost_order(), config, cache)
+    return Trained(reasoner, report, card_report, labels)
+
+
+def _with_card(
+    reasoner: Reasoner, cost_order: Sequence[str], config: MetacogRunConfig, cache: Path
+) -> tuple[Reasoner, dict[str, Any]]:
+    """A card fitted on what the model does now, and its best plans by val."""
+    assert reasoner.decider is not None
+    heads, steerer = reasoner.decider.heads, reasoner.decider.steerer
+    val = draw_labels(reasoner, config, "val", config.val_n, 0, cache)
     held = read_greedy(heads, val)
     best = best_strategy(held["family"], held["correct"], held["used"], val.strategies)
-    calibration = draw_labels(base, config, "calibration", config.calibration_n, 0, cache)
+    calibration = draw_labels(reasoner, config, "calibration", config.calibration_n, 0, cache)
     items = problems(config.tasks, "calibration", config.stream, config.calibration_n, config.levels)
-    card, card_report = calibrate(base, heads, calibration, items, labels.cost_order(), config, best)
-    reasoner = replace(base, decider=Decider(heads, card), best_plan={**base.best_plan, **best})
-    return Trained(reasoner, report, card_report, labels)
+    card, report = calibrate(reasoner, heads, calibration, items, cost_order, config, best)
+    return replace(reasoner, decider=Decider(heads, card, steerer), best_plan={**reasoner.best_plan, **best}), report
 
 
 def _tick(bar: Progress, step: int, row: dict[str, Any], on_step: Any) -> None:
@@ -198,7 +239,11 @@ def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
     began = time.monotonic()
     base = Reasoner.load(config.base)
     folder.status("training heads")
-    trained = train(base, config, folder.folder / "labels", lambda step, row: folder.row(step, **_rates(row)))
+    told: list[dict[str, Any]] = []
+    trained = train(
+        base, config, folder.folder / "labels", lambda step, row: folder.row(step, **_rates(row)),
+        lambda facts: folder.row(facts["step"], **_rates(facts)) if "step" in facts else told.append(facts),
+    )  # fmt: skip
     trained.reasoner.save_layer(folder.folder / "model")
     seconds = {"train": time.monotonic() - began}
     folder.status("evaluating")
@@ -220,6 +265,7 @@ def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
         "sweep": None if swept is None else swept.to_json(),
         "heads": trained.heads_report,
         "card": trained.card_report,
+        "phases": told,
         "seconds": seconds,
     }
     folder.write_json("results.json", results)

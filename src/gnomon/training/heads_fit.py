@@ -59,7 +59,7 @@ class HeadsConfig(BaseModel):
         )
 
 
-def _parts(
+def head_losses(
     heads: MetacogHeads, data: HeadRows, rows: Sequence[Tensor], smoothing: float = 0.0
 ) -> tuple[dict[str, Tensor], MetacogOutput]:
     """Losses on rows of the prompt, think, end and boundary states (in this order); one forward pass."""
@@ -131,7 +131,7 @@ def fit_heads(
 
     def step_loss(_: int) -> tuple[Tensor, dict[str, float]]:
         rows = [torch.randint(max(n, 1), (config.batch * (n > 0),), generator=draw).to(device) for n in train.sizes()]
-        parts, _out = _parts(heads, train, rows, config.plan_smoothing)
+        parts, _out = head_losses(heads, train, rows, config.plan_smoothing)
         return objectives.weighted(parts, config.weights)
 
     def watch(step: int, row: dict[str, Any]) -> bool:
@@ -149,7 +149,7 @@ def fit_heads(
 
     heads.train()
     optimizer = torch.optim.AdamW(_groups(heads, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
-    result = fit(step_loss, [optimizer], config.steps, schedule=_warm_cosine(config.warmup), clip=1.0, on_step=watch)
+    result = fit(step_loss, [optimizer], config.steps, schedule=warm_cosine(config.warmup), clip=1.0, on_step=watch)
     heads.load_state_dict(best["state"])
     heads.eval()
     report = {
@@ -194,7 +194,7 @@ def evaluate_heads(heads: MetacogHeads, data: HeadRows, weights: LossWeights, li
     hits = 0.0
     for start in range(0, max(map(len, rows)), chunk):
         part_rows = [r[start : start + chunk] for r in rows]
-        parts, out = _parts(heads, data, part_rows)
+        parts, out = head_losses(heads, data, part_rows)
         n_plan = len(part_rows[0])
         hits += float((out.plan_logits[:n_plan].argmax(-1) == data.plan[part_rows[0]]).sum())
         for name, k in site_of.items():
@@ -236,7 +236,9 @@ def _groups(heads: MetacogHeads, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def _warm_cosine(warmup: float) -> Any:
+def warm_cosine(warmup: float) -> Any:
+    """Share of the run in [0, 1) -> factor on the rate: linear to 1 over `warmup`, then a half cosine to 0."""
+
     def factor(done: float) -> float:
         if done < warmup:
             return 0.05 + 0.95 * done / warmup

@@ -9,7 +9,8 @@ Legend: B rows, T positions, L blocks, C channels, P proj_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class Thought:
     """One sequence: prompt, plan, thought and answer.
 
     think_at: position of the think tag's last token, where g is read. inside: positions that gate and adapters act on.
-    think, answer: positions whose tokens the model chose, end tags of its own included. plan: index of the strategy.
+    think, answer: positions whose tokens the model chose, end tags of its own included; closed: those of an end tag
+    that the controller put at the cap. plan: index of the strategy. begin, end: of the think block, tags not included.
     """
 
     ids: tuple[int, ...]
@@ -37,13 +39,16 @@ class Thought:
     inside: tuple[bool, ...]
     think: tuple[bool, ...]
     answer: tuple[bool, ...]
+    closed: tuple[bool, ...]
     plan: int
+    begin: int
+    end: int
 
 
 def thought_of(trace: Trace, layout: Layout, plans: Sequence[str]) -> Thought:
     """A finished trace as a sequence. Its ids are those that were sampled: nothing is decoded and encoded again."""
     begin, end = trace.think_span
-    after, prompt = trace.answer_span[0], len(trace.prompt_ids)
+    after, prompt, tag = trace.answer_span[0], len(trace.prompt_ids), len(layout.end_think)
     chosen = [role == "sampled" for role in trace.roles]
     none = (False,) * prompt
     rule, state, inside = matcher(layout.end_think, *layout.end_think_also), 0, [False] * len(trace.ids)
@@ -56,18 +61,33 @@ def thought_of(trace: Trace, layout: Layout, plans: Sequence[str]) -> Thought:
         inside=(*none, *inside),
         think=(*none, *(c and begin <= at < after for at, c in enumerate(chosen))),
         answer=(*none, *(c and at >= after for at, c in enumerate(chosen))),
+        closed=(*none, *(not c and end <= at < end + tag for at, c in enumerate(chosen))),
         plan=list(plans).index(trace.plan),
+        begin=prompt + begin,
+        end=prompt + end,
     )
+
+
+def without_thought(thought: Thought) -> Thought:
+    """The same prompt and answer around an empty block: what the thought is measured against."""
+    cut = slice(thought.begin, thought.end)
+
+    def left(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return values[: cut.start] + values[cut.stop :]
+
+    masks: dict[str, Any] = {name: left(getattr(thought, name)) for name in ("inside", "think", "answer", "closed")}
+    return replace(thought, ids=left(thought.ids), end=thought.begin, **masks)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """ids int64 [B, T], padded on the right; inside, think, answer bool [B, T]; think_at, plan int64 [B]."""
+    """ids int64 [B, T], padded on the right; inside, think, answer, closed bool [B, T]; think_at, plan int64 [B]."""
 
     ids: Tensor
     inside: Tensor
     think: Tensor
     answer: Tensor
+    closed: Tensor
     think_at: Tensor
     plan: Tensor
 
@@ -80,7 +100,7 @@ def collate(thoughts: Sequence[Thought], pad: int, device: torch.device | str = 
         rows = [getattr(t, name) for t in thoughts]
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
 
-    masks = {name: grid(name, False) for name in ("inside", "think", "answer")}
+    masks = {name: grid(name, False) for name in ("inside", "think", "answer", "closed")}
     places = {name: torch.tensor([getattr(t, name) for t in thoughts], device=device) for name in ("think_at", "plan")}
     return Batch(ids=grid("ids", pad), **masks, **places)
 

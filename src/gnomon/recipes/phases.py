@@ -1,0 +1,175 @@
+"""Phases B and C of metacognitive training, behind the heads of phase A (rows R2, T1, T3).
+
+A round: rollouts through the serving engine under the predicted plan, the shortest right one of every problem to learn
+from; labels made again by the model as it now is (stale labels are the classic mistake); steps on both. Phase B leaves
+the base frozen, phase C unfreezes what its `adapt` names and runs a share of the rollouts under the predicted budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from gnomon.attempts import Attempt, Job, run
+from gnomon.base.seeds import fraction, seed_torch
+from gnomon.base.telemetry import Progress
+from gnomon.metacognition.decide import Decider
+from gnomon.metacognition.steerer import SteerConfig, Steerer
+from gnomon.model.lm import LM
+from gnomon.model.load import rebuilt
+from gnomon.model.overlay import Overlay
+from gnomon.reasoner import Reasoner
+from gnomon.tasks.procedural import problems
+from gnomon.training.adapt import Adapted, adapt
+from gnomon.training.head_rows import split
+from gnomon.training.labels import LabelSet
+from gnomon.training.objectives import LossWeights
+from gnomon.training.phase_fit import PhaseConfig, fit_phase
+from gnomon.training.rollout import TEMPERATURE, label
+from gnomon.training.thoughts import thought_of
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where problems come from: tasks, levels and the name of the run's train stream."""
+
+    tasks: str
+    levels: tuple[int, ...]
+    stream: str
+    strategies: tuple[str, ...] | None
+    cap: int | None
+    max_batch: int
+    seed: int
+
+
+def run_phase(
+    reasoner: Reasoner,
+    config: PhaseConfig,
+    draw: Draw,
+    letter: str,
+    head_weights: LossWeights,
+    report: Callable[[dict[str, Any]], None],
+) -> Reasoner:
+    """All rounds of one phase; the reasoner with its new layer. Its card is the old one and has to be fitted again.
+
+    report: gets one dictionary per round, and one per step with `step` in it. Heads and steerer are changed in place,
+    and in phase C the base's module, as `config.adapt` says.
+    """
+    assert reasoner.decider is not None, "phases follow the heads"
+    heads = reasoner.decider.heads
+    steerer = reasoner.decider.steerer
+    assert steerer is not None, "the caller adds one with `with_steerer`"
+    module: Any = reasoner.backbone.module  # type: ignore[attr-defined]
+    adapted = adapt(module, config.adapt)
+    try:
+        for number in range(config.rounds):
+            name = f"{draw.stream}/{letter}{number}"
+            found = collect(reasoner, config, draw, name)
+            facts = think_report(found)
+            labels = refreshed(reasoner, config, draw, name)
+            rows, _, _ = split(labels, None, 0.1, "cpu")
+            thoughts = [
+                thought_of(best.trace, reasoner.codec.layout, reasoner.decider.plans) for best in shortest_right(found)
+            ]
+            with Progress(f"phase {letter}, round {number + 1}", config.steps) as bar:
+                told = fit_phase(
+                    LM(module), heads, steerer, adapted, thoughts, rows, config, head_weights,
+                    pad=reasoner.codec.layout.pad, name=f"{name}/{draw.seed}",
+                    on_step=lambda step, row, bar=bar: _tick(bar, step, row, report),  # type: ignore[misc]
+                )  # fmt: skip
+            reasoner = _served(reasoner, adapted, steerer)
+            made = {"phase": letter, "round": number, "thoughts": len(thoughts), **facts}
+            report({**made, "fit": told, "labels": labels.summary()})
+    finally:
+        adapted.restore()
+    return reasoner
+
+
+def with_steerer(reasoner: Reasoner, config: SteerConfig, seed: int) -> Reasoner:
+    """A fresh gate and fresh adapters over copies of the heads: the identity until they are trained."""
+    assert reasoner.decider is not None
+    heads = type(reasoner.decider.heads)(reasoner.decider.heads.config)
+    heads.load_state_dict(reasoner.decider.heads.state_dict())
+    seed_torch("steerer", seed)
+    return replace(reasoner, decider=Decider(heads, reasoner.decider.card, Steerer(config, heads.config)))
+
+
+def collect(reasoner: Reasoner, config: PhaseConfig, draw: Draw, name: str) -> list[list[Attempt]]:
+    """Rollouts of one round, by problem, through the serving engine: a greedy one and `samples` others."""
+    items = problems(draw.tasks, "train", name, config.problems, draw.levels)
+    jobs = []
+    for item in items:
+        capped = fraction("capped", name, item.prompt) < config.capped
+        budget: int | Literal["predicted"] | None = "predicted" if capped else draw.cap
+        job = Job(item, "predicted", budget, use_prediction=capped, seed=name)
+        jobs.append(job)
+        if config.samples:
+            jobs.append(replace(job, temperature=TEMPERATURE, samples=config.samples))
+    each = 2 if config.samples else 1
+    with Progress(f"rollouts ({name.rpartition('/')[2]})", len(items) * (1 + config.samples)) as bar:
+        found = run(reasoner, jobs, max_batch=draw.max_batch, on_done=bar.advance)
+    return [[a for group in found[i : i + each] for a in group] for i in range(0, len(found), each)]
+
+
+def shortest_right(found: Sequence[Sequence[Attempt]]) -> list[Attempt]:
+    """Of every problem that was solved, the right rollout with the fewest think tokens that closed by itself."""
+    right = [[a for a in group if a.correct and a.trace.closed_naturally] for group in found]
+    return [min(group, key=lambda a: (a.trace.used, a.trace.sample)) for group in right if group]
+
+
+def refreshed(reasoner: Reasoner, config: PhaseConfig, draw: Draw, name: str) -> LabelSet:
+    """Labels of all strategies by the model as it now is, on problems of this round's own."""
+    items = problems(draw.tasks, "train", f"{name}/labels", config.label_n, draw.levels)
+    names = draw.strategies or reasoner.codec.strategies
+    with Progress(f"labels ({name.rpartition('/')[2]})", len(items) * len(names) * (1 + config.samples)) as bar:
+        return label(
+            reasoner, items, strategies=names, samples=config.samples, cap=draw.cap, max_batch=draw.max_batch,
+            seed=f"{name}/labels", on_done=bar.advance,
+        )  # fmt: skip
+
+
+def think_report(found: Sequence[Sequence[Attempt]]) -> dict[str, Any]:
+    """Shares of rollouts: right, valid, empty and truncated thoughts, thinking by level, and what the budget says.
+
+    censored: cut by a cap; predicted_mean: think tokens predicted (a fall over the rounds is the collapse to look for).
+    """
+    every = [a for group in found for a in group]
+    n = len(every)
+    thinks = [a.trace.used > 0 for a in every]
+    by_level: dict[int, list[bool]] = {}
+    for a, thought in zip(every, thinks, strict=True):
+        by_level.setdefault(a.problem.level, []).append(thought)
+    said = [a.trace.budget_predicted for a in every if a.trace.budget_predicted is not None]
+    return {
+        "correct": sum(a.correct for a in every) / n,
+        "valid": sum(t and a.trace.closed_naturally for a, t in zip(every, thinks, strict=True)) / n,
+        "empty": sum(not t for t in thinks) / n,
+        "truncated": sum(not a.trace.closed_naturally for a in every) / n,
+        "missing": sum(not a.trace.answered for a in every) / n,
+        "censored": sum(a.trace.stop in ("hard", "limit") for a in every) / n,
+        "think_tokens_mean": sum(a.trace.used for a in every) / n,
+        "predicted_mean": sum(said) / len(said) if said else None,
+        "think_rate_by_level": {level: sum(v) / len(v) for level, v in sorted(by_level.items())},
+    }
+
+
+def _served(reasoner: Reasoner, adapted: Adapted, steerer: Steerer) -> Reasoner:
+    """The reasoner that serves with what was just learned: fresh copies in compiled code, and what the base changed."""
+    assert reasoner.decider is not None
+    decider = Decider(reasoner.decider.heads, reasoner.decider.card, steerer)
+    state = adapted.trained_state()
+    if not state:
+        return replace(reasoner, decider=decider)
+    lora = adapted.config.lora
+    scale = lora.alpha / lora.rank if adapted.lora else 1.0
+    with adapted.merged(), torch.no_grad():
+        backbone = rebuilt(reasoner.backbone)
+    return replace(reasoner, backbone=backbone, decider=decider, overlay=Overlay(state, scale))
+
+
+def _tick(bar: Progress, step: int, row: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
+    bar.advance(1, f"loss {row['loss']:.3f}")
+    report({"step": step, **row})
