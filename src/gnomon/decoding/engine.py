@@ -101,6 +101,8 @@ class Engine:
         self.rules, self.running_every = rules, running_every
         self.running = running and metacog is not None and metacog.reads_boundaries
         self.modulate = modulate and metacog is not None and metacog.modulates
+        steering = None if metacog is None else metacog.steering
+        self.steering = None if steering is None else steering.on(backbone.device)
         tags = (layout.think, layout.end_think, layout.answer, layout.end_answer, *layout.end_think_also)
         self.long_tags = any(len(tag) > 1 for tag in tags)
         self.masks = torch.zeros((2, backbone.vocab_size), device=backbone.device)  # added to logits: think, answer

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gnomon.base.errors import ModelError
 from gnomon.decoding.row import Row
+from gnomon.model.steering import Steering
 
 
 def picked(x: Tensor, rows: Sequence[int]) -> Tensor:
@@ -37,9 +39,17 @@ def arrays(taps: Tensor | None) -> list[Any]:
     return [row.copy() for row in taps.detach().float().cpu().numpy()]
 
 
-def gates(rows: Sequence[Row]) -> Tensor:
-    """The rows' gate vectors as float32 [R, C]; [1, 0] where the layer has no gate and nobody reads them."""
+def gates(rows: Sequence[Row], steering: Steering) -> Tensor:
+    """The rows' gate vectors as float32 [R, C]; [1, 0] where the layer has no gate and nobody reads them.
+
+    Raises ModelError where a layer steers with a gate and has not said by how much: a compiled base would read on.
+    """
+    if steering.gate_layer is None:
+        return torch.empty(1, 0)
     found = [row.before.gate for row in rows if row.before is not None and row.before.gate is not None]
     if len(found) < len(rows):
-        return torch.empty(1, 0)
+        raise ModelError(
+            f"the layer multiplies block {steering.gate_layer} but `budget` gave no gate vector for "
+            f"{len(rows) - len(found)} of {len(rows)} rows; give one [C] for each, or a Steering without gate_layer"
+        )
     return torch.from_numpy(np.stack([gate.cpu().numpy() for gate in found]))

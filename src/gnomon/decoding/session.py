@@ -59,7 +59,7 @@ class Session:
         self._spare = -1
         self._settings: sampling.Params | None = None  # of the present rows, and their gate vectors [R, C]
         self._gates: Tensor | None = None
-        self.steering = None if engine.metacog is None else engine.metacog.steering
+        self.steering = engine.steering
         self._ordered = 0
         self._present: dict[str, list[Row]] = {}  # rows that wait or are decoded, by request
         self._failed: BaseException | None = None
@@ -251,7 +251,7 @@ class Session:
                 if self.steering is not None:
                     inside = [row.prefix_inside for _, row in rows]
                     at = [i if within else -1 for i, flags in enumerate(inside) for within in flags]
-                    steer = Steer(self.steering, gates([row for _, row in rows]), at)
+                    steer = Steer(self.steering, gates([row for _, row in rows], self.steering), at)
                 out = self.backbone.extend(self.cache, thoughts, start + first, steer=steer)
                 assert out.logits is not None
                 logits[first : first + len(rows)] = out.logits
@@ -333,7 +333,7 @@ class Session:
         sites = [i for i, row in enumerate(self.rows) if row.tapped and self._wants(row)]
         steer = None
         if self.steering is not None:
-            self._gates = gates(self.rows) if self._gates is None else self._gates
+            self._gates = gates(self.rows, self.steering) if self._gates is None else self._gates
             at = [i if row.inside else -1 for i, row in enumerate(self.rows)]
             steer = Steer(self.steering, self._gates, at)
         out = self.backbone.extend(self.cache, [(token,) for token in tokens], taps=sites, steer=steer)

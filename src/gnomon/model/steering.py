@@ -44,6 +44,13 @@ class Steering:
         """The blocks that are touched, ascending."""
         return sorted({*self.adapters, *(() if self.gate_layer is None else (self.gate_layer,))})
 
+    def on(self, device: torch.device | str) -> Steering:
+        """Where the base computes: itself if it is there (compiled bases know it again), else a copy."""
+        there = torch.device(device)
+        if all(t.device == there for a in self.adapters.values() for t in a):
+            return self
+        return Steering(self.gate_layer, {k: Adapter(*(t.to(there) for t in a)) for k, a in self.adapters.items()})
+
 
 @dataclass(eq=False)
 class Steer:
@@ -83,24 +90,24 @@ class Steer:
         if adapter is None and not gated:
             return x
         assert isinstance(self.at, Tensor), "lay the pass out with `on_grid` first"
+        # The whole grid, not the steered tokens gathered: a product of another shape rounds differently, and a row
+        # must not notice whether its neighbours are steered (decisions.md §7).
         inside = self.at >= 0
-        held = x[inside]  # [tokens, C] or [tokens, n, C]
-        if not len(held):
-            return x
+        streams = x.ndim == 4
+        held = x
         if adapter is not None:
-            mean = held.mean(-2) if held.ndim == 3 else held
-            delta, logit, gate = adapted(mean.float(), adapter, self.noise)
-            if self.record:
-                self.seen[index] = (logit, gate)
-            held = held + (delta.unsqueeze(-2) if held.ndim == 3 else delta).to(held.dtype)
+            delta, logit, gate = adapted((x.mean(-2) if streams else x).float(), adapter, self.noise)
+            if self.record and bool(inside.any()):
+                self.seen[index] = (logit[inside], gate[inside])
+            held = held + (delta.unsqueeze(-2) if streams else delta).to(held.dtype)
         if gated:
-            vector = self.vectors.to(held.dtype)[self.at[inside]]
-            held = held * (vector.unsqueeze(-2) if held.ndim == 3 else vector)
-        return x.masked_scatter(inside.view(*inside.shape, *[1] * (x.ndim - 2)), held)
+            vector = self.vectors.to(held.dtype)[self.at.clamp_min(0)]
+            held = held * (vector.unsqueeze(-2) if streams else vector)
+        return torch.where(inside.view(*inside.shape, *[1] * (x.ndim - 2)), held, x)
 
 
 def adapted(x: Tensor, adapter: Adapter, noise: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """States [N, C] -> what is added to them [N, C], log α [N], gates in [0, 1] [N]."""
+    """States [*, C] -> what is added to them [*, C], log α [*], gates in [0, 1] [*]."""
     h = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
     logit = h @ adapter.weight + adapter.bias
     gate = hard_concrete(logit, noise)
