@@ -42,7 +42,7 @@ def fingerprint(heads: MetacogHeads, steerer: Steerer | None) -> str:
 
 
 def save(folder: Path, heads: MetacogHeads, card: Card | None, base: str, steerer: Steerer | None = None) -> None:
-    """Write the layer; base: fingerprint of the base model that its states come from."""
+    """Write the layer; base: fingerprint of the base model that its states come from. Without a card none is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().contiguous() for k, v in heads.state_dict().items()}
     body = {"version": VERSION, "base": base, "heads": heads.config.model_dump(mode="json")}
@@ -53,6 +53,8 @@ def save(folder: Path, heads: MetacogHeads, card: Card | None, base: str, steere
     write_atomic(folder / CONFIG_FILE, json.dumps(body, indent=1) + "\n")
     if card is not None:
         card.save(folder / CARD_FILE)
+    else:  # a card that lies here belongs to other weights, and the folder would be refused with it
+        (folder / CARD_FILE).unlink(missing_ok=True)
 
 
 def load(folder: Path, base: str | None = None) -> Layer | None:
