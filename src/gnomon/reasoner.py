@@ -26,6 +26,7 @@ from gnomon.metacognition.decide import Decider, combine
 from gnomon.model.backbone import Backbone, OwnBackbone
 from gnomon.model.folder import CONFIG, MODEL_TYPE, load_decoder
 from gnomon.model.native import own_backbone
+from gnomon.model.overlay import FILE as OVERLAY_FILE
 from gnomon.model.overlay import Overlay
 from gnomon.protocol.graph import Graph, to_text
 from gnomon.protocol.trace import Request, Trace
@@ -116,15 +117,17 @@ class Reasoner:
         store.save(folder, self.decider.heads, self.decider.card, self.base, self.decider.steerer)
         if self.overlay is not None:
             self.overlay.save(folder)
+        else:  # of a layer that lay here before: it would change this layer's base
+            (folder / OVERLAY_FILE).unlink(missing_ok=True)
         if not (folder / "config.json").is_file():
             base = self.name if self.folder is None or self.name in SHIPPED else str(self.folder.resolve())
             write_atomic(folder / BASE_FILE, json.dumps({"base": base}) + "\n")
 
     def unpredicted(self) -> Reasoner:
-        """The same model without predictions and rules: what acts inside thoughts stays (for labels)."""
+        """The same model without predictions, policies and rules; gate and adapters stay (for labels)."""
         steerer = None if self.decider is None else self.decider.steerer
         decider = None if self.decider is None or steerer is None else Decider(self.decider.heads, None, steerer)
-        return replace(self, decider=decider, rules=None)
+        return replace(self, decider=decider, rules=None, modulate=False)
 
     def engine(self, max_batch: int = 64) -> Engine:
         return Engine(

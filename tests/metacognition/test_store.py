@@ -27,6 +27,7 @@ from gnomon.metacognition.config import MetacogConfig
 from gnomon.metacognition.decide import Decider
 from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.steerer import Steerer
+from gnomon.model.overlay import Overlay
 from gnomon.reasoner import Reasoner
 
 BASE = "b" * 64
@@ -197,16 +198,39 @@ def test_a_layer_without_a_card_leaves_no_card_of_another_behind(tmp_path: Path)
     assert found is not None and found.card is None and found.steerer is not None
 
 
+def acting(folder: Path, **options: Any) -> Reasoner:
+    """The tests' own tiny decoder with a steerer."""
+    base = Reasoner.load(own.save(own.decoder(), folder))
+    heads = MetacogHeads(MetacogConfig(n_layers=2, hidden_size=32, proj_dim=8, width=16, **options)).eval()
+    return replace(base, decider=Decider(heads, None, random_steerer(heads)))
+
+
 def test_a_reasoner_keeps_what_its_layer_does(tmp_path: Path) -> None:
-    base = Reasoner.load(own.save(own.decoder(), tmp_path / "base"))
-    heads = MetacogHeads(MetacogConfig(n_layers=2, hidden_size=32, proj_dim=8, width=16)).eval()
-    made = replace(base, decider=Decider(heads, None, random_steerer(heads)))
+    made = acting(tmp_path / "base")
     made.save_layer(tmp_path / "layer")
     again = Reasoner.load(tmp_path / "layer")
-    asks = [
-        made.request(str(i), "2 + 2", plan="steps", budget=9, use_prediction=False, seed=i, temperature=1.0)
-        for i in range(4)
-    ]
-    assert again.engine().run(asks) == made.engine().run(asks) != base.engine().run(asks)
+    common: dict[str, Any] = {"plan": "steps", "budget": 9, "use_prediction": False, "temperature": 1.0}
+    asks = [made.request(str(i), "2 + 2", seed=i, **common) for i in range(4)]
+    want = made.engine().run(asks)
+    assert again.engine().run(asks) == want != replace(made, decider=None).engine().run(asks)
     bare = again.unpredicted()
-    assert bare.decider is not None and bare.decider.card is None and bare.engine().run(asks) == made.engine().run(asks)
+    assert bare.decider is not None and bare.decider.card is None and bare.engine().run(asks) == want
+
+
+def test_labels_are_drawn_at_their_own_settings(tmp_path: Path) -> None:
+    made = replace(acting(tmp_path / "base", policy=5), modulate=True)
+    assert made.engine().modulate
+    bare = made.unpredicted()
+    assert not bare.engine().modulate and bare.engine().steering is not None
+
+
+def test_a_layer_without_an_overlay_leaves_no_overlay_of_another_behind(tmp_path: Path) -> None:
+    made = acting(tmp_path / "base")
+    name, weight = next(iter(made.backbone.module.named_parameters()))  # type: ignore[attr-defined]
+    replace(made, overlay=Overlay({name: weight.detach() + 1.0})).save_layer(tmp_path / "layer")
+    assert Reasoner.load(tmp_path / "layer").overlay is not None
+    made.save_layer(tmp_path / "layer")
+    again = Reasoner.load(tmp_path / "layer")
+    assert again.overlay is None and again.base == made.base
+    (kept,) = [p for n, p in again.backbone.module.named_parameters() if n == name]  # type: ignore[attr-defined]
+    assert torch.equal(kept, weight)
