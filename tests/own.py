@@ -49,6 +49,21 @@ class Layer:
     def policy(self, taps: Tensor, plans: Sequence[str]) -> list[None]:
         raise AssertionError("this layer must not be asked for policies")
 
+    def reached(
+        self, taps: Tensor, ends: Sequence[bool], plans: Sequence[str], used: Sequence[int], calibrated: Sequence[bool]
+    ) -> list[Said]:
+        """Row by row, from `after` and `running`, each asked once for all of its rows."""
+        found: dict[int, Said] = {}
+        for end, ask in ((True, self.after), (False, self.running)):
+            at = [i for i, e in enumerate(ends) if e is end]
+            if at:
+                said = ask(taps[at], *([values[i] for i in at] for values in (plans, used, calibrated)))
+                found |= dict(zip(at, said, strict=True))
+        return [found[i] for i in range(len(ends))]
+
+    def after(self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: object = None) -> list[Said]:
+        raise AssertionError("this layer must not be asked at end tags")
+
     def running(self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: object = None) -> list[Said]:
         raise AssertionError("this layer must not be asked at boundaries")
 

@@ -5,6 +5,7 @@ Tokens are equal except behind a step whose two best logits are closer than 1e-4
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -101,8 +102,12 @@ def test_a_row_alone_equals_the_row_in_a_batch(nano: Reasoner, asked: list[Reque
 
 
 def test_cached_steps_equal_one_full_forward_pass(nano: Reasoner, asked: list[Request], traces: list[Trace]) -> None:
-    """Log-probs of all sampled tokens, recomputed in one pass at the same temperature, top-k and top-p."""
+    """Log-probs of all sampled tokens, recomputed in one pass at the same temperature, top-k and top-p.
+
+    Their ratios, which importance weights of a trainer are made of, have mean 1 at every temperature.
+    """
     checked = skipped = 0
+    ratios: dict[float, list[float]] = {}
     for request, trace in zip(asked, traces, strict=True):
         logits = full_logits(nano, trace)
         for at, role in enumerate(trace.roles):
@@ -110,10 +115,15 @@ def test_cached_steps_equal_one_full_forward_pass(nano: Reasoner, asked: list[Re
                 want = recomputed(nano, request, trace, logits, at)
                 checked, skipped = checked + 1, skipped + (want is None)
                 assert want is None or abs(want - trace.logprobs[at]) < 1e-4, (trace.id, at)
+                if want is not None:
+                    ratios.setdefault(request.temperature, []).append(math.exp(want - trace.logprobs[at]))
             else:
                 assert trace.logprobs[at] == 0.0
     print(f"{checked} log-probs, {skipped} of them at the edge of a truncation")
     assert checked > 300 and skipped <= checked // 50
+    means = {heat: sum(found) / len(found) for heat, found in sorted(ratios.items())}
+    print(f"mean ratio by temperature: {means}")
+    assert set(means) == {0.0, 0.6, 1.0, 1.3} and all(abs(mean - 1.0) < 1e-3 for mean in means.values())
 
 
 def recomputed(nano: Reasoner, request: Request, trace: Trace, logits: Tensor, at: int) -> float | None:

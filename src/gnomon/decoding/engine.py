@@ -59,15 +59,10 @@ class Metacog(Protocol):
     ) -> Sequence[BudgetChoice]:
         """At the think tag, one per row."""
 
-    def after(
-        self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: Sequence[bool] | None = None
-    ) -> Sequence[AfterChoice]:
-        """At the end tag, one per row."""
-
-    def running(
-        self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: Sequence[bool] | None = None
-    ) -> Sequence[RunningChoice]:
-        """At a boundary between nodes, one per row."""
+    def reached(
+        self, taps: Tensor, ends: Sequence[bool], plans: Sequence[str], used: Sequence[int], calibrated: Sequence[bool]
+    ) -> Sequence[AfterChoice | RunningChoice]:
+        """At the end tag where ends [B] says so, else at a boundary between nodes; one per row."""
 
 
 class Engine:

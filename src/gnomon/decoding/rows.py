@@ -20,7 +20,7 @@ from gnomon.model.steering import Steering
 
 def picked(x: Tensor, rows: Sequence[int]) -> Tensor:
     """x [R, ...] -> the rows asked for: x itself where that is all of them, in order, else a copy."""
-    if len(rows) == len(x):
+    if len(rows) == x.shape[0]:
         return x  # ascending and distinct, as callers ask
     at = list(rows)
     return torch.from_numpy(x.numpy()[at]) if x.device.type == "cpu" else x[at]

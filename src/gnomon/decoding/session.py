@@ -345,14 +345,17 @@ class Session:
     def _wants(self, row: Row) -> bool:
         if row.tapped == "end":
             return self.reads
-        return self.boundaries or (self.engine.running and row.state.used >= row.read_next)
+        return self.boundaries or self._due(row)
+
+    def _due(self, row: Row) -> bool:
+        """Whether the layer estimates again at this boundary."""
+        return self.engine.running and row.state.used >= row.read_next
 
     def _read(self, sites: list[int], taps: Tensor) -> None:
         """taps [sites, L, C] of the rows that stand at an end tag or a node boundary."""
-        ends = [(n, self.rows[i]) for n, i in enumerate(sites) if self.rows[i].tapped == "end"]
+        rows = [self.rows[i] for i in sites]
         if self.record or self.boundaries:
-            for i, array in zip(sites, arrays(taps), strict=True):
-                row = self.rows[i]
+            for row, array in zip(rows, arrays(taps), strict=True):
                 if row.tapped == "end":
                     if self.record:
                         row.taps["end"] = array
@@ -361,30 +364,20 @@ class Session:
         metacog = self.engine.metacog
         if metacog is None:
             return
-        if self.engine.running:
-            due = [(n, self.rows[i]) for n, i in enumerate(sites) if self.rows[i].tapped == "boundary"]
-            self._estimate([(n, row) for n, row in due if row.state.used >= row.read_next], taps)
-        if not ends:
+        if self.boundaries:  # some stand here for the record only
+            asked = [n for n, row in enumerate(rows) if row.tapped == "end" or self._due(row)]
+            rows, taps = [rows[n] for n in asked], picked(taps, asked)
+        if not rows:
             return
-        known = [r.before is not None and r.before.calibrated and r.at_prediction for _, r in ends]
-        after = metacog.after(
-            picked(taps, [n for n, _ in ends]), [r.plan for _, r in ends], [r.state.used for _, r in ends], known
-        )
-        for (_, row), choice in zip(ends, after, strict=True):
-            row.after = choice
-
-    def _estimate(self, rows: Sequence[tuple[int, Row]], taps: Tensor) -> None:
-        """Running estimates of rows (index into taps, row) that stand at a boundary."""
-        metacog = self.engine.metacog
-        if not rows or metacog is None:
-            return
-        known = [row.before is not None and row.before.calibrated for _, row in rows]
-        found = metacog.running(
-            picked(taps, [n for n, _ in rows]),
-            [row.plan for _, row in rows],
-            [row.state.used for _, row in rows],
-            known,
-        )
-        for (_, row), choice in zip(rows, found, strict=True):
-            row.read_next = row.state.used + self.engine.running_every
-            row.estimate(choice)
+        ends = [row.tapped == "end" for row in rows]
+        known = [
+            row.before is not None and row.before.calibrated and (row.at_prediction or not end)
+            for row, end in zip(rows, ends, strict=True)
+        ]
+        found = metacog.reached(taps, ends, [row.plan for row in rows], [row.state.used for row in rows], known)
+        for row, end, choice in zip(rows, ends, found, strict=True):
+            if end:
+                row.after = choice
+            else:
+                row.read_next = row.state.used + self.engine.running_every
+                row.estimate(choice)  # type: ignore[arg-type]

@@ -179,6 +179,29 @@ class Decider:
             )
         ]
 
+    def reached(
+        self, taps: Tensor, ends: Sequence[bool], plans: Sequence[str], used: Sequence[int], calibrated: Sequence[bool]
+    ) -> list[AfterDecision | RunningDecision]:
+        """`after` for the rows that ends [B] names and `running` for the others, in one read.
+
+        Raises ModelError where a row stands at a boundary and `reads_boundaries` is false.
+        """
+        if all(ends):
+            return list(self.after(taps, plans, used, calibrated))
+        if not any(ends):
+            return list(self.running(taps, plans, used, calibrated))
+        card = self.card
+        if card is None or card.running is None:
+            raise ModelError("this layer has no calibration at boundaries; label, train and calibrate it again")
+        self._check(plans, taps)
+        rows: list[AfterDecision | RunningDecision] = []
+        read = self.reader.reached(taps, ends, used)
+        for (rest, upper, prob, logit), end, flag, plan in zip(read, ends, calibrated, plans, strict=True):
+            known = flag and card.covers(plan)
+            said = prob if known else None
+            rows.append(AfterDecision(said, known, logit) if end else RunningDecision(rest, int(upper), said, logit))
+        return rows
+
     def _check(self, plans: Sequence[str], taps: Tensor) -> None:
         for name in plans:
             if name not in self.plans:

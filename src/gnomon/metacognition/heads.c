@@ -38,6 +38,7 @@ typedef struct { /* one read, cut into chunks of `share` rows */
   const Heads *heads;
   const Card *card;
   int site, rows, share, width;
+  const int32_t *sites; /* [N], each END or BOUNDARY, in place of `site`; NULL: all at `site` */
   const float *taps, *used;
   const int32_t *plan; /* [N], and vectors [N, C]: what the gate does under these plans; NULL: not asked */
   float *vectors;
@@ -116,13 +117,12 @@ static double distance(const Card *card, int C, const float *tap, float *near, f
 }
 
 /* Trunk and aggregator: taps [n, A, C] -> g [n, P] */
-static void globals(const Heads *h, int n, int site, const float *taps, const float *used, float *x, float *u, float *z,
+static void globals(const Heads *h, int n, int site, const int32_t *sites, const float *taps, const float *used, float *x, float *u, float *z,
                     float *alpha, float *g) {
   const int L = h->layers, C = h->hidden, W = h->width, P = h->proj;
-  const float *mean = h->mean + (int64_t)site * L * C, *inverse = h->inverse + (int64_t)site * L * C;
-  const float *gain = h->gain + site * W, *offset = h->site + site * W;
   for (int i = 0; i < n * L; i++) {
-    const int l = i % L;
+    const int l = i % L, s = sites ? sites[i / L] : site;
+    const float *mean = h->mean + (int64_t)s * L * C, *inverse = h->inverse + (int64_t)s * L * C;
     const float *tap = taps + ((int64_t)(i / L) * h->all + h->index[l]) * C;
     for (int c = 0; c < C; c++) {
       const float v = (tap[c] - mean[l * C + c]) * inverse[l * C + c];
@@ -132,6 +132,8 @@ static void globals(const Heads *h, int n, int site, const float *taps, const fl
   matmul(x, C, n * L, h->inp, W, C, u, W);
   for (int r = 0; r < n; r++) {
     const float log_used = log1pf(fmaxf(used ? used[r] : 0.0f, 0.0f));
+    const int s = sites ? sites[r] : site;
+    const float *gain = h->gain + s * W, *offset = h->site + s * W;
     for (int l = 0; l < L; l++) {
       float *row = u + (r * L + l) * W;
       const float *layer = h->layer + l * W;
@@ -210,7 +212,7 @@ static void chunk(void *all, int c) {
   const float *taps = read->taps + (int64_t)first * h->all * C;
   double *to = read->out + (int64_t)first * read->width;
   int finite;
-  globals(h, n, site, taps, read->used ? read->used + first : NULL, x, u, z, alpha, g);
+  globals(h, n, site, read->sites ? read->sites + first : NULL, taps, read->used ? read->used + first : NULL, x, u, z, alpha, g);
   if (site == PROMPT) {
     const int values = h->last_w[VALUE_HEAD] != NULL;
     finite = head(h, PLAN_HEAD, n, g, a, y, K) && (!values || head(h, VALUE_HEAD, n, g, a, y2, 2 * K));
@@ -219,12 +221,13 @@ static void chunk(void *all, int c) {
   } else {
     finite = head(h, CONFIDENCE_HEAD, n, g, a, y, 1) && (site == END || head(h, BUDGET_HEAD, n, g, a, y2, 1));
     for (int r = 0; r < n && finite; r++, to += read->width) {
+      const int s = read->sites ? read->sites[first + r] : site;
       double *at = to;
       if (site != END) {
-        *at++ = tokens_of(y2[r]);
-        *at++ = clipped(y2[r], card->offset[site]);
+        *at++ = s == END ? NAN : tokens_of(y2[r]);
+        *at++ = s == END ? NAN : clipped(y2[r], card->offset[s]);
       }
-      *at++ = card->present ? sigmoid(y[r] / card->temperature[site] + card->shift[site]) : NAN;
+      *at++ = card->present ? sigmoid(y[r] / card->temperature[s] + card->shift[s]) : NAN;
       *at++ = y[r];
       if (read->vectors)
         gate(h, g + r * P, read->plan[first + r], y[r], a, read->vectors + (int64_t)(first + r) * C);
@@ -239,13 +242,14 @@ static void chunk(void *all, int c) {
 /* taps [N, A, C] at `site`, used [N] tokens so far (NULL: 0) -> out [N, width] numbers a row:
    PROMPT chosen plan, probability of each plan · THINK expected tokens, clipped, confidence, its logit, distance ·
    END confidence, logit · BOUNDARY expected remainder, upper bound, confidence, logit.
+   With `sites` [N] rows of END and BOUNDARY together, all as at BOUNDARY (END: no remainder, no bound).
    At THINK also the gate's vectors [N, C] under `plan` [N], where they are asked for (else NULL).
    Returns 0 without memory, -1 where a head gave no finite number. */
 int gn_read(const Heads *h, const Card *card, int site, int rows, const float *taps, const float *used,
-            const int32_t *plan, float *vectors, double *out, int width, int threads) {
+            const int32_t *sites, const int32_t *plan, float *vectors, double *out, int width, int threads) {
   int share = (rows + threads - 1) / threads;
   share = share > GROUP ? GROUP : share;
-  Read read = {h, card, site, rows, share, width, taps, used, plan, vectors, out, 0};
+  Read read = {h, card, site, rows, share, width, sites, taps, used, plan, vectors, out, 0};
   pool_run(chunk, &read, (rows + share - 1) / share, threads);
   const int failed = atomic_load(&read.failed);
   return failed == 2 ? -1 : !failed;

@@ -60,7 +60,7 @@ class NativeReader:
         self._index = np.asarray(config.used_layers, dtype=np.int32)
         self._rows = {site: ctypes.c_double * n for site, n in ((PROMPT, 1 + config.n_plans), *_WIDTHS)}
         self._call = lib.gn_read
-        self._call.argtypes = [*[Pointer] * 2, *[ctypes.c_int] * 2, *[Pointer] * 5, *[ctypes.c_int] * 2]
+        self._call.argtypes = [*[Pointer] * 2, *[ctypes.c_int] * 2, *[Pointer] * 6, *[ctypes.c_int] * 2]
         self._heads = self._build(heads, gate)
         self._gated = gate is not None
         self._card = _Card() if card is None else self._build_card(card)
@@ -85,11 +85,16 @@ class NativeReader:
         """taps [N, A, C], used [N] tokens -> [expected remainder, upper bound, confidence, its logit] a row."""
         return self._read(taps, BOUNDARY, used)
 
+    def reached(self, taps: Tensor, ends: Sequence[bool], used: Sequence[int]) -> list[Numbers]:
+        """As TorchReader.reached."""
+        return self._read(taps, BOUNDARY, used, sites=[END if end else BOUNDARY for end in ends])
+
     def _read(
         self,
         taps: Tensor,
         site: int,
         used: Sequence[int] | None = None,
+        sites: Sequence[int] = (),
         plans: Sequence[int] = (),
         vectors: Tensor | None = None,
     ) -> list[Numbers]:
@@ -98,12 +103,13 @@ class NativeReader:
             raise ModelError(f"taps must be [N, {self._tail[0]}, {self._tail[1]}], got {list(taps.shape)}")
         if taps.dtype != torch.float32 or not taps.is_contiguous() or not taps.is_cpu:
             taps = taps.float().cpu().contiguous()
-        tokens = None if used is None else (ctypes.c_float * n)(*used)
+        tokens = None if used is None else native.many(ctypes.c_float, n)(*used)
+        each = native.many(ctypes.c_int32, n)(*sites) if sites else None
         row = self._rows[site]
-        out = (row * n)()
-        chosen, to = (None, None) if vectors is None else ((ctypes.c_int32 * n)(*plans), vectors.data_ptr())
+        out = native.many(row, n)()
+        chosen, to = (None, None) if vectors is None else (native.many(ctypes.c_int32, n)(*plans), vectors.data_ptr())
         done = self._call(
-            *self._fixed, site, n, taps.data_ptr(), tokens, chosen, to, out, row._length_, torch.get_num_threads()
+            *self._fixed, site, n, taps.data_ptr(), tokens, each, chosen, to, out, row._length_, torch.get_num_threads()
         )
         if not done:
             raise MemoryError("no memory to read the heads")

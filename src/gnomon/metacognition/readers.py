@@ -5,6 +5,7 @@ Legend: N rows, A tapped layers of the backbone, C hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -37,6 +38,9 @@ class Reader(Protocol):
 
     def running(self, taps: Tensor, used: Sequence[int]) -> Rows:
         """taps [N, A, C], used [N] tokens -> [expected remainder, upper bound, confidence, its logit]."""
+
+    def reached(self, taps: Tensor, ends: Sequence[bool], used: Sequence[int]) -> Rows:
+        """`after` where ends [N] says so, else `running`, in one read; rows as of `running`, at the end NaN, NaN first."""
 
 
 class TorchReader:
@@ -73,6 +77,17 @@ class TorchReader:
         numbers(logits)
         probs = np.full(len(logits), np.nan) if self.card is None else self.card.confidence(logits, "after")
         return _rows(probs, logits)
+
+    def reached(self, taps: Tensor, ends: Sequence[bool], used: Sequence[int]) -> Rows:
+        found: Rows = [[]] * len(used)
+        for end in (True, False):
+            at = [i for i, e in enumerate(ends) if e is end]
+            if at:
+                mine = taps[at], [used[i] for i in at]
+                said = [[math.nan, math.nan, *row] for row in self.after(*mine)] if end else self.running(*mine)
+                for i, row in zip(at, said, strict=True):
+                    found[i] = row
+        return found
 
     def running(self, taps: Tensor, used: Sequence[int]) -> Rows:
         assert self.card is not None and self.card.running is not None, "the caller asks for a card that can"

@@ -137,7 +137,7 @@ def run_step(
         place = [-1] * rows
         for i, row in enumerate(asked):
             place[row] = i
-        places = (ctypes.c_int32 * rows)(*place)
+        places = native.many(ctypes.c_int32, rows)(*place)
     done = lib.gn_step(
         model, ctypes.byref(cache.struct), rows, pointer(slots), pointer(counts), pointer(ids), int(logits == "all"),
         None if scores is None else Pointer(scores.data_ptr()),
@@ -174,7 +174,7 @@ class NativeSteering:
         if steer.steering is not self._held:
             self._copy(steer.steering)
         vectors = steer.vectors.contiguous()
-        at = (ctypes.c_int32 * len(steer.at))(*steer.at)
+        at = native.many(ctypes.c_int32, len(steer.at))(*steer.at)
         gate = steer.steering.gate_layer
         made = _Steer(
             -1 if gate is None else gate, self._rank, ctypes.addressof(self._adapters), vectors.data_ptr(),

@@ -24,7 +24,7 @@ from gnomon.model.overlay import Overlay
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.procedural import problems
 from gnomon.training.adapt import Adapted, adapt
-from gnomon.training.head_rows import split
+from gnomon.training.head_rows import whole
 from gnomon.training.labels import LabelSet
 from gnomon.training.objectives import LossWeights
 from gnomon.training.phase_fit import PhaseConfig, fit_phase
@@ -70,7 +70,7 @@ def run_phase(
             found = collect(reasoner, config, draw, name)
             facts = think_report(found)
             labels = refreshed(reasoner, config, draw, name)
-            rows, _, _ = split(labels, None, 0.1, "cpu")
+            rows = whole(labels)
             thoughts = [
                 thought_of(best.trace, reasoner.codec.layout, reasoner.decider.plans) for best in shortest_right(found)
             ]

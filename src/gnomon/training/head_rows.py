@@ -66,6 +66,13 @@ def split(
     return HeadRows(data, policy, ~held, device), HeadRows(data, policy, held, device), entries
 
 
+def whole(labels: LabelSet, device: str = "cpu") -> HeadRows:
+    """All rows of a label set, none held out, without a decoding policy."""
+    data = labels.arrays()
+    every = np.ones(len(labels.problems), dtype=np.bool_)
+    return HeadRows(data, np.full(len(data.think_row), -1, dtype=np.int64), every, device)
+
+
 def _policy(labels: LabelSet, rates: NDArray[np.floating[Any]] | None) -> tuple[int, NDArray[np.int64]]:
     """Entries of the grid and the best of them for every think row [P · K] (-1 = no label); 0 entries without rates."""
     want = (len(labels.problems), len(labels.strategies))

@@ -1,0 +1,174 @@
+"""Phases B and C in small: what they learn from, change and must leave alone, and the way to disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import own
+
+from gnomon.attempts import Job, run
+from gnomon.base.errors import CheckpointError, DataError, ModelError
+from gnomon.metacognition.config import MetacogConfig
+from gnomon.metacognition.decide import Decider
+from gnomon.metacognition.heads import MetacogHeads
+from gnomon.metacognition.steerer import SteerConfig
+from gnomon.model.overlay import FILE, Overlay
+from gnomon.reasoner import Reasoner
+from gnomon.recipes import metacog, phases
+from gnomon.recipes.metacog import MetacogRunConfig
+from gnomon.tasks.procedural import problems
+from gnomon.training.adapt import AdaptConfig, LoraOptions
+from gnomon.training.heads_fit import HeadsConfig
+from gnomon.training.lm_objectives import LMLossWeights
+from gnomon.training.objectives import LossWeights
+from gnomon.training.phase_fit import PhaseConfig
+
+SMALL = PhaseConfig(problems=20, label_n=26, samples=1, steps=4, batch=4, head_batch=8)
+DRAW = phases.Draw("boolean", (1, 2), "mini/phases", None, None, 32, 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return own.save(own.taught(steps=80), tmp_path_factory.mktemp("base"))
+
+
+def layered(folder: Path, steer: SteerConfig | None = None) -> Reasoner:
+    """The base with fresh heads, and a steerer that is still the identity."""
+    base = Reasoner.load(folder)
+    backbone = base.backbone
+    shape = {"n_layers": backbone.n_layers, "hidden_size": backbone.hidden_size, "proj_dim": 8, "width": 16}
+    heads = MetacogHeads(MetacogConfig(**shape, plans=base.codec.strategies)).eval()  # type: ignore[arg-type]
+    heads.start_from(2.0, 0.6)
+    return phases.with_steerer(replace(base, decider=Decider(heads)), steer or SteerConfig(), 0)
+
+
+def state(module: Any) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def changed(module: Any, before: dict[str, torch.Tensor]) -> set[str]:
+    return {k for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
+
+
+def test_phase_b_changes_the_layer_and_not_the_base(folder: Path) -> None:
+    reasoner = layered(folder)
+    decider = reasoner.decider
+    assert decider is not None and decider.steerer is not None
+    base, heads, steerer = (state(m) for m in (reasoner.backbone.module, decider.heads, decider.steerer))  # type: ignore[attr-defined]
+    rows: list[dict[str, Any]] = []
+    weights = LMLossWeights(consistency=0.5, forced_close=0.1)
+    after = phases.run_phase(
+        reasoner, SMALL.model_copy(update={"weights": weights}), DRAW, "B", LossWeights(), rows.append
+    )
+    assert after.decider is not None and after.decider.steerer is not None and after.overlay is None
+    assert not changed(after.backbone.module, base), "the base is frozen"  # type: ignore[attr-defined]
+    assert {"trunk.inp.weight", "plan_head.0.weight"} <= changed(after.decider.heads, heads)
+    assert changed(after.decider.steerer, steerer) == set(steerer), "gate and adapters learn, every part of them"
+    steps, rounds = [r for r in rows if "step" in r], [r for r in rows if "round" in r]
+    assert len(steps) == 4 and len(rounds) == 1
+    names = {"loss/think_ce", "loss/answer_ce", "loss/l0", "loss/consistency", "loss/forced_close", "loss/plan"}
+    assert names | {"gate/rms", "adapters/activity", "adapters/coverage"} <= set(steps[0])
+    facts = rounds[0]
+    assert facts["valid"] + facts["empty"] + facts["truncated"] == pytest.approx(1.0, abs=0.2)
+    assert set(facts["think_rate_by_level"]) == {1, 2} and 0 < facts["thoughts"] <= 20
+    assert all(p.requires_grad for p in after.backbone.module.parameters()), "left as they were found"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("adapt", [AdaptConfig(mode="last_k"), AdaptConfig(mode="lora", lora=LoraOptions(rank=2))])
+def test_phase_c_changes_what_it_names_and_all_of_it_comes_back_from_disk(
+    adapt: AdaptConfig, folder: Path, tmp_path: Path
+) -> None:
+    reasoner = layered(folder)
+    before = state(reasoner.backbone.module)  # type: ignore[attr-defined]
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    config = SMALL.model_copy(update={"adapt": adapt, "capped": 0.5, "rounds": 2, "lr": 0.02})
+    after = phases.run_phase(reasoner, config, DRAW, "C", LossWeights(), lambda _: None)
+    assert after.overlay is not None
+    after.save_layer(tmp_path / "layer")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == files, "the base's folder is untouched"
+    again = Reasoner.load(tmp_path / "layer")
+    moved = changed(again.backbone.module, before)  # type: ignore[attr-defined]
+    wanted = {"last_k": "blocks.1.", "lora": "blocks."}[adapt.mode]
+    assert moved and all(name.startswith(wanted) for name in moved)
+    items = problems("boolean", "val", "phases", 8, (1, 2))
+    jobs = [Job(p, "steps", 20, use_prediction=False) for p in items]
+    got, want = ([g[0].trace for g in run(r, jobs)] for r in (again, after))
+    assert [t.ids for t in got] == [t.ids for t in want]
+    assert (
+        max(abs(a - b) for x, y in zip(got, want, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True))
+        < 1e-4
+    )
+    assert again.base == reasoner.base, "it still belongs to the base that it was trained on"
+
+
+def test_an_overlay_of_another_base_is_refused_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    module = Reasoner.load(folder).backbone.module  # type: ignore[attr-defined]
+    before = state(module)
+    good = {"blocks.0.mlp.out.weight": torch.ones_like(before["blocks.0.mlp.out.weight"])}
+    for bad, message in (
+        ({"blocks.9.mlp.out.weight": torch.ones(2, 2)}, "does not have"),
+        ({"blocks.1.mlp.out.weight": torch.ones(2, 2)}, "the base has"),
+        ({"blocks.1.mlp.out.lora_A.weight": torch.ones(2, 2)}, "without"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            Overlay({**good, **bad}).apply(module)
+        assert not changed(module, before)
+    Overlay(good).save(tmp_path)
+    loaded = Overlay.load(tmp_path)
+    assert loaded is not None and loaded.lora_scale == 1.0 and Overlay.load(folder) is None
+    loaded.apply(module)
+    assert changed(module, before) == set(good)
+    (tmp_path / FILE).write_bytes(b"\x00" * 40)
+    with pytest.raises(CheckpointError):
+        Overlay.load(tmp_path)
+
+
+def test_the_shortest_right_thought_is_learned_from(folder: Path) -> None:
+    reasoner = layered(folder)
+    found = phases.collect(reasoner, SMALL.model_copy(update={"samples": 3, "problems": 30}), DRAW, "shortest")
+    best = phases.shortest_right(found)
+    assert all(len(group) == 4 for group in found) and 0 < len(best) <= 30
+    by_prompt = {a.problem.prompt: a for a in best}
+    for group in found:
+        right = [a for a in group if a.correct and a.trace.closed_naturally]
+        chosen = by_prompt.get(group[0].problem.prompt)
+        assert (chosen is None) == (not right)
+        assert chosen is None or chosen.trace.used == min(a.trace.used for a in right)
+    report = phases.think_report(found)
+    every = [a for group in found for a in group]
+    assert report["correct"] == sum(a.correct for a in every) / len(every)
+    assert report["empty"] == sum(a.trace.used == 0 for a in every) / len(every)
+
+
+def test_nothing_right_is_told_and_bad_blocks_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "shortest_right", lambda found: [])
+    with pytest.raises(DataError, match="no rollout of this round was right"):
+        phases.run_phase(layered(folder), SMALL, DRAW, "B", LossWeights(), lambda _: None)
+    with pytest.raises(ModelError, match="the blocks of this base are 0 to 1"):
+        layered(folder, SteerConfig(gate_layer=5))
+
+
+def test_the_recipe_runs_all_phases_and_fits_a_card_for_the_end(folder: Path, tmp_path: Path) -> None:
+    config = MetacogRunConfig.model_validate(
+        {
+            "base": str(folder), "tasks": "boolean", "levels": (1, 2), "samples": 1, "stream": "mini-phases",
+            "label_n": 26, "calibration_n": 26, "val_n": 26, "test_n": 26, "phases": "ABC", "b": SMALL,
+            "heads": HeadsConfig(steps=10, proj_dim=8, width=16),
+            "c": SMALL.model_copy(update={"adapt": AdaptConfig(mode="ln")}),
+        }
+    )  # fmt: skip
+    trained = metacog.train(Reasoner.load(folder), config, tmp_path / "labels")
+    decider = trained.reasoner.decider
+    assert decider is not None and decider.card is not None and decider.steerer is not None
+    assert len(list((tmp_path / "labels").iterdir())) == 5, (
+        "val and calibration are labelled again by the steered model"
+    )
+    trained.reasoner.save_layer(tmp_path / "layer")
+    again = Reasoner.load(tmp_path / "layer")  # the card belongs to heads and steerer together
+    assert again.decider is not None and again.decider.card == decider.card
+    prompt = "Work out (true and false) or true."
+    assert again.ask(prompt).report() == trained.reasoner.ask(prompt).report()
