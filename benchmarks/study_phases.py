@@ -61,7 +61,9 @@ def fixed(reasoner: Reasoner, items: Any) -> dict[str, Any]:
     found = [group[0] for group in run(reasoner, jobs)]
     rows = [found[i : i + len(names)] for i in range(0, len(found), len(names))]
     best = [row[names.index(reasoner.best_plan[p.task])] for p, row in zip(items, rows, strict=True)]
-    cheapest = [min((a.trace.used for a in row if a.correct), default=b.trace.used) for row, b in zip(rows, best, strict=True)]
+    cheapest = [
+        min((a.trace.used for a in row if a.correct), default=b.trace.used) for row, b in zip(rows, best, strict=True)
+    ]
     return {
         "right": np.array([a.correct for a in best], dtype=float),
         "used": np.array([a.trace.used for a in best], dtype=float),

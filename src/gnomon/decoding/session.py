@@ -377,7 +377,7 @@ class Session:
         found = metacog.reached(taps, ends, [row.plan for row in rows], [row.state.used for row in rows], known)
         for row, end, choice in zip(rows, ends, found, strict=True):
             if end:
-                row.after = choice
+                row.after = choice  # type: ignore[assignment]
             else:
                 row.read_next = row.state.used + self.engine.running_every
                 row.estimate(choice)  # type: ignore[arg-type]

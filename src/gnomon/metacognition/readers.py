@@ -40,7 +40,7 @@ class Reader(Protocol):
         """taps [N, A, C], used [N] tokens -> [expected remainder, upper bound, confidence, its logit]."""
 
     def reached(self, taps: Tensor, ends: Sequence[bool], used: Sequence[int]) -> Rows:
-        """`after` where ends [N] says so, else `running`, in one read; rows as of `running`, at the end NaN, NaN first."""
+        """`after` where ends [N] says so, else `running`, in one read; at the end NaN, NaN come first."""
 
 
 class TorchReader:
