@@ -42,7 +42,7 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(PY) -m pytest -q -m bench tests
-	@for script in benchmarks/*.py; do [ -f "$$script" ] || continue; echo "== $$script"; $(PY) "$$script" || exit 1; done
+	$(PY) benchmarks/decode.py
 
 # Trains the shipped model again from nothing, or goes on from its newest checkpoint.
 train-nano: $(VENV)/.demo

@@ -28,31 +28,17 @@ from typing import Any
 
 import llamacpp
 import torch
+from common import Work, workload
+from layer import bench_layer, bench_layer_smollm2
 
 from gnomon.base import seeds
 from gnomon.decoding.engine import Engine
-from gnomon.metacognition.decide import Decider
 from gnomon.model.backbone import Backbone
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.trace import Request
 from gnomon.reasoner import Reasoner, shipped
-from gnomon.tasks.procedural import problems
 
-MIXED = (0, 4, 8, 16, 32, 64, 128)
-UNIFORM = 64
 INT8_BYTES = 1280 / 4096  # of a float32 weight: a byte, and a scale and a lowest weight for every block of 32
-
-
-@dataclass(frozen=True)
-class Work:
-    """Prompts as ids, and a budget for each."""
-
-    prompts: tuple[tuple[int, ...], ...]
-    budgets: tuple[int, ...]
-
-    @property
-    def useful(self) -> int:
-        return sum(self.budgets)
 
 
 @dataclass(frozen=True)
@@ -70,14 +56,6 @@ class Run:
     def rate(self) -> float:
         """Useful tokens per second."""
         return self.useful / self.seconds
-
-
-def workload(encode: Callable[[str], Sequence[int]], n: int, kind: str) -> Work:
-    """`n` fixed problems of all families; budgets by a hashed name."""
-    items = problems("all", "val", "bench", n, (1, 2, 3, 4, 5))
-    draw = seeds.rng("bench-budgets", kind)
-    budgets = [UNIFORM if kind == "uniform" else draw.choice(MIXED) for _ in items]
-    return Work(tuple(tuple(encode(p.prompt)) for p in items), tuple(budgets))
 
 
 def endless(vocab: int, pad: int) -> Layout:
@@ -244,43 +222,6 @@ def bench_nano(n: int, repeats: int) -> dict[str, Any]:
     return found
 
 
-def bench_layer(n: int, repeats: int) -> dict[str, Any]:
-    """Cost of heads and boundary reads: the same requests with and without the layer, natural closes, equal tokens."""
-    reasoner = Reasoner.load("nano")
-    assert reasoner.decider is not None
-    found: dict[str, Any] = {}
-    for batch, size in ((1, max(8, n // 8)), (32, n)):
-        work = workload(reasoner.codec.encode_prompt, size, "uniform")
-        asked = [Request(str(i), p, plan="steps", budget=96, use_prediction=False) for i, p in enumerate(work.prompts)]
-
-        def run(decider: Decider | None, asked: list[Request] = asked, batch: int = batch) -> tuple[float, list[Any]]:
-            engine = Engine(
-                reasoner.backbone, reasoner.codec.layout, decider, max_batch=batch, running=decider is not None
-            )
-            start = time.perf_counter()
-            traces = engine.run(asked)
-            return time.perf_counter() - start, [t.ids for t in traces]
-
-        run(None), run(reasoner.decider)
-        ratios = []
-        for i in range(repeats):
-            sides = [run(reasoner.decider), run(None)] if i % 2 else [run(None), run(reasoner.decider)][::-1]
-            (on, ids_on), (off, ids_off) = sides
-            assert ids_on == ids_off, "the layer may not change what is decoded here"
-            ratios.append(on / off - 1.0)
-        low, high = interval(ratios)
-        found[f"b{batch}"] = {"median": statistics.median(ratios), "interval": [low, high], "pairs": repeats,
-                              "boundary_reads": reasoner.decider.reads_boundaries}  # fmt: skip
-    return found
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median from order statistics (binomial)."""
-    ranked, n = sorted(values), len(values)
-    k = max(0, round(n / 2 - 0.98 * n**0.5) - 1)
-    return ranked[k], ranked[n - 1 - k]
-
-
 def bench_smollm2(n: int, tokens: int, repeats: int) -> dict[str, Any]:
     """SmolLM2-135M through our backbones (float32, int8), `generate` and llama.cpp, all in the same rounds."""
     from transformers import AutoModelForCausalLM
@@ -366,7 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("quick", "full"), default="quick")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
-    parser.add_argument("--only", choices=("nano", "layer", "smollm2"), help="one part")
+    parser.add_argument("--only", choices=("nano", "layer", "layer-smollm2", "smollm2"), help="one part")
     parser.add_argument("--side", choices=("ours", "generate"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -384,7 +325,12 @@ def main() -> None:
             body["peak_memory_mib"] = {side: peak_memory(side) for side in ("ours", "generate")}
     if args.only in (None, "layer"):
         layer = body["layer"] = bench_layer(256 if full else 64, 40 if full else 20)
-        body["layer_overhead_b1"], body["layer_overhead_b32"] = layer["b1"]["median"], layer["b32"]["median"]
+        for batch in (1, 32):
+            body[f"layer_overhead_b{batch}"] = layer[f"heads_b{batch}"]["median"]
+            body[f"whole_layer_overhead_b{batch}"] = layer[f"whole_b{batch}"]["median"]
+    if args.only in (None, "layer-smollm2"):
+        layer = body["layer_smollm2"] = bench_layer_smollm2(40 if full else 20)
+        body |= {f"layer_overhead_smollm2_b{batch}": layer[f"whole_b{batch}"]["median"] for batch in (1, 32)}
     if args.only in (None, "smollm2"):
         smol = body["smollm2"] = bench_smollm2(24, 64 if full else 24, 5 if full else 1)
         body["smollm2_b1_ratio"] = smol["float32_b1"]["ratio"]

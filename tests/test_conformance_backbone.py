@@ -25,6 +25,7 @@ from gnomon.interfaces.commands.check import BREACH
 from gnomon.model.backbone import BackboneOutput
 from gnomon.model.foreign import HFBackbone
 from gnomon.model.slots import TensorSlots
+from gnomon.model.steering import Steer
 from gnomon.reasoner import Reasoner, from_parts
 
 CONTEXT = 512
@@ -240,3 +241,20 @@ def test_bad_input_is_one_clear_line(
     ):
         code, out, err = call(capsys, *words)
         assert code == cli.USER_ERROR and expected.lower() in err.lower() and out == "" and "Traceback" not in err
+
+
+def test_a_base_that_is_steered_where_it_must_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = Steer.__call__
+
+    def everywhere(self: Steer, index: int, x: torch.Tensor) -> torch.Tensor:
+        return sound(replace(self, at=self.at.clamp_min(0)), index, x)  # type: ignore[union-attr]
+
+    def late(self: Steer, index: int, x: torch.Tensor) -> torch.Tensor:
+        return sound(self, index, x) if x.shape[1] == 1 else x
+
+    def loose(self: Steer, index: int, x: torch.Tensor) -> torch.Tensor:
+        return sound(self, index, x) * (1.0 + 1e-6)
+
+    for change, names in ((everywhere, {"outside"}), (late, {"acts"}), (loose, {"identity", "outside"})):
+        monkeypatch.setattr(Steer, "__call__", change)
+        assert names <= broken(check_backbone(wrapped(), 4)) <= {"identity", "outside", "acts", "trained"}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gnomon.base import seeds
 from gnomon.base.errors import ConfigError
+from gnomon.conformance import acting
 from gnomon.data.codec import Codec
 from gnomon.data.foreign import TextCodec
 from gnomon.decoding.room import RESERVE_FLOOR
@@ -42,6 +43,7 @@ MEANING: Final[dict[str, str]] = {
     "tags": "tags that do not read back, or whose end merges with a neighbour unseen",
     "context": "a row that fills the context (up to 512 positions) against the plain pass, in standard deviations",
     "room": "positions that an empty question, its tags and the answer reserve take",
+    **acting.MEANING,
 }
 LONGEST: Final = 512  # positions that are tried; a pass over a whole long context takes minutes on a CPU
 ROW: Final = 48  # tokens of the longest of the random rows
@@ -367,5 +369,11 @@ def context(subject: Subject) -> dict[str, Finding]:
     }
 
 
+def steering(subject: Subject) -> dict[str, Finding]:
+    """A metacognitive layer that acts on this base."""
+    worst = acting.steered(subject.backbone, subject.batches[0])
+    return {name: Finding(value, subject.close if name == "trained" else 0.0) for name, value in worst.items()}
+
+
 Group = Callable[[Subject], Mapping[str, Finding]]
-GROUPS: Final[tuple[Group, ...]] = (slots, company, taps, padding, ids, context)
+GROUPS: Final[tuple[Group, ...]] = (slots, company, taps, padding, ids, context, steering)

@@ -29,15 +29,6 @@ class BudgetChoice(AfterChoice, Protocol):
     def gate(self) -> Tensor | None: ...
 
 
-class Sampling(Protocol):
-    """How a thought is sampled: a decoding policy (gnomon.metacognition.policy)."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-
-
 class RunningChoice(Protocol):
     """What it says at a boundary: the tokens still needed, an upper bound of them, and confidence."""
 

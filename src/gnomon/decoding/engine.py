@@ -13,11 +13,12 @@ from torch import Tensor
 
 from gnomon.base.errors import ConfigError, GnomonError
 from gnomon.decoding.budget_config import BudgetConfig
-from gnomon.decoding.choices import AfterChoice, BudgetChoice, RunningChoice, Sampling
+from gnomon.decoding.choices import AfterChoice, BudgetChoice, RunningChoice
 from gnomon.decoding.room import Room, allot, check_prefix
 from gnomon.decoding.row import Decode, Row, Sink, left
 from gnomon.decoding.session import Session
 from gnomon.decoding.slack import Rules
+from gnomon.metacognition.policy import Sampling
 from gnomon.model.backbone import Backbone
 from gnomon.model.steering import Steering
 from gnomon.protocol.layout import Layout

@@ -8,9 +8,10 @@ from typing import Any
 
 from gnomon.decoding.budget import BudgetState
 from gnomon.decoding.budget_config import BudgetConfig
-from gnomon.decoding.choices import AfterChoice, BudgetChoice, RunningChoice, Sampling
+from gnomon.decoding.choices import AfterChoice, BudgetChoice, RunningChoice
 from gnomon.decoding.room import Room
 from gnomon.decoding.slack import SoftRule
+from gnomon.metacognition.policy import Sampling, settings
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.match import matcher
 from gnomon.protocol.tags import Role
@@ -217,10 +218,7 @@ class Row:
 
     def heat(self) -> tuple[float, float]:
         """Temperature and top-p mass of the next token: the policy's inside the thought, the request's elsewhere."""
-        request = self.request
-        if self.policy is None or self.in_answer:
-            return request.temperature, request.top_p
-        return self.policy.temperature, self.policy.top_p
+        return settings(self.policy, self.request.temperature, self.request.top_p, thinking=not self.in_answer)
 
     @property
     def drawn(self) -> int:
