@@ -58,7 +58,7 @@ class NativeReader:
         self._arrays, config = native.Arrays(lib), heads.config
         self._tail = (config.n_layers, config.hidden_size)
         self._index = np.asarray(config.used_layers, dtype=np.int32)
-        self._rows = {site: ctypes.c_double * n for site, n in ((PROMPT, 1 + config.n_plans), *_WIDTHS)}
+        self._widths = {PROMPT: 1 + config.n_plans, **dict(_WIDTHS)}
         self._call = lib.gn_read
         self._call.argtypes = [*[Pointer] * 2, *[ctypes.c_int] * 2, *[Pointer] * 6, *[ctypes.c_int] * 2]
         self._heads = self._build(heads, gate)
@@ -105,17 +105,18 @@ class NativeReader:
             taps = taps.float().cpu().contiguous()
         tokens = None if used is None else native.many(ctypes.c_float, n)(*used)
         each = native.many(ctypes.c_int32, n)(*sites) if sites else None
-        row = self._rows[site]
-        out = native.many(row, n)()
+        width = self._widths[site]
+        out = native.many(ctypes.c_double, n * width)()
         chosen, to = (None, None) if vectors is None else (native.many(ctypes.c_int32, n)(*plans), vectors.data_ptr())
         done = self._call(
-            *self._fixed, site, n, taps.data_ptr(), tokens, each, chosen, to, out, row._length_, torch.get_num_threads()
+            *self._fixed, site, n, taps.data_ptr(), tokens, each, chosen, to, out, width, torch.get_num_threads()
         )
         if not done:
             raise MemoryError("no memory to read the heads")
         if done < 0:
             numbers(np.asarray(np.nan))
-        return [list(found) for found in out]
+        flat = out[:]
+        return [flat[at : at + width] for at in range(0, n * width, width)]
 
     def _build_card(self, card: Card) -> _Card:
         """The card as a structure; temperatures, shifts and offsets by site."""
