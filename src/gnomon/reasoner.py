@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -222,12 +222,14 @@ class Reasoner:
         tags = (*layout.plan_ids(plan.plan), *layout.think)
         out = self.backbone.extend(cache, [tags], logits="none", taps=True)
         assert out.taps is not None
-        decision = combine(plan, self.decider.budget(out.taps, [plan.plan])[0])
+        sampling = self.decider.policy(out.taps, [plan.plan])[0] if self.modulate else None
+        decision = combine(plan, self.decider.budget(out.taps, [plan.plan])[0], sampling)
         return {
             "plan": decision.plan,
             "plan_probs": decision.plan_probs,
             "budget": {"predicted": decision.budget_predicted, "clipped": decision.budget_clipped},
             "confidence": {"before": decision.confidence, "after": None, "calibrated": decision.calibrated},
+            **({} if decision.sampling is None else {"sampling": asdict(decision.sampling)}),
         }
 
 

@@ -26,6 +26,7 @@ from gnomon.metacognition import store
 from gnomon.metacognition.calibration import Card
 from gnomon.metacognition.decide import Decider
 from gnomon.metacognition.heads import MetacogHeads
+from gnomon.metacognition.policy import GRID
 from gnomon.metacognition.steerer import SteerConfig
 from gnomon.reasoner import Reasoner, is_own
 from gnomon.recipes import phases
@@ -35,7 +36,8 @@ from gnomon.training.adapt import AdaptConfig
 from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy
 from gnomon.training.labels import LabelSet, cache_folder
 from gnomon.training.phase_fit import PhaseConfig
-from gnomon.training.rollout import label
+from gnomon.training.policy_rates import policy_rates
+from gnomon.training.rollout import label, problem_id
 
 
 class MetacogRunConfig(Config):
@@ -60,6 +62,9 @@ class MetacogRunConfig(Config):
     )
     clip_tolerance: float = Field(default=0.001, ge=0, lt=1, description="accuracy that the budget clip may give up")
     labels: str | None = Field(default=None, description="a folder of labels from an earlier run with this base")
+    policy_samples: int = Field(
+        default=0, ge=0, description="rollouts per sampler setting for a decoding policy; 0 = none is learned"
+    )
     heads: HeadsConfig = HeadsConfig()
     phases: Literal["A", "AB", "ABC"] = Field(
         default="A", description="A: heads; B: gate and adapters too; C: on-policy, with parts of the base"
@@ -184,10 +189,12 @@ def train(
             raise DataError(f"the labels in {config.labels} were made by another base than {config.base}; label again")
     else:
         labels = draw_labels(base, config, "train", config.label_n, config.samples, cache)
+    rates = _policy_rates(base, labels, config) if config.policy_samples else None
     with Progress("fit heads", config.heads.steps) as bar:
         heads, report = fit_heads(
-            labels, config.heads, config.seed, on_step=lambda step, row: _tick(bar, step, row, on_step)
-        )
+            labels, config.heads, config.seed, policy_rates=rates,
+            on_step=lambda step, row: _tick(bar, step, row, on_step),
+        )  # fmt: skip
     reasoner = replace(base, decider=Decider(heads))
     reasoner, card_report = _with_card(reasoner, labels.cost_order(), config, cache)
     if config.phases != "A":
@@ -200,6 +207,22 @@ def train(
             reasoner = phases.run_phase(reasoner, phase, draw, letter, config.heads.weights, on_phase)
         reasoner, card_report = _with_card(reasoner, labels.cost_order(), config, cache)
     return Trained(reasoner, report, card_report, labels)
+
+
+def _policy_rates(base: Reasoner, labels: LabelSet, config: MetacogRunConfig) -> Any:
+    """Pass rates of the sampler grid on the labelled problems. Raises DataError where these are not this run's."""
+    items = problems(config.tasks, "train", config.stream, config.label_n, config.levels)
+    if [problem_id(item) for item in items] != [p.id for p in labels.problems]:
+        raise DataError(
+            f"policy_samples = {config.policy_samples} needs the problems behind the labels, but those in "
+            f"{config.labels} are not the {config.label_n} of stream {config.stream!r}; label again (leave labels out)"
+        )
+    solved = sum(plan is not None for plan in labels.plan_labels())
+    with Progress("sampler settings", solved * (1 + (len(GRID) - 1) * config.policy_samples)) as bar:
+        return policy_rates(
+            base, items, labels, config.policy_samples, cap=config.max_think, max_batch=config.max_batch,
+            seed=f"policy/{config.stream}", on_done=bar.advance,
+        )  # fmt: skip
 
 
 def _with_card(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from gnomon.base.errors import ConfigError
+from gnomon.base.errors import ConfigError, ModelError
 from gnomon.interfaces import console, options
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Draw:
     max_batch: Annotated[int, _help("Rows decoded together.")] = 64
     rules: Annotated[str, _help("Soft rules, such as slack:share=0.2,loop (slack, margin, loop, cut).")] = ""
     running: Annotated[bool, Flag, _help("Estimate again at boundaries; may close sooner than predicted.")] = False
+    modulate: Annotated[bool, Flag, _help("Sample thoughts as the layer's decoding policy says.")] = False
     device: Annotated[str, _help("cpu or cuda.")] = "cpu"
     json: Annotated[bool, Flag, _help("Print one JSON object.")] = False
 
@@ -45,7 +46,13 @@ class Draw:
         options.check_draw(self.tasks, self.split, self.n, chosen)
         from gnomon.reasoner import Reasoner
 
-        return replace(Reasoner.load(self.model, device=self.device), rules=rules, running=self.running), chosen
+        found = Reasoner.load(self.model, device=self.device)
+        if self.modulate and (found.decider is None or not found.decider.modulates):
+            raise ModelError(
+                f"{self.model} has no decoding policy for --modulate; train one: "
+                "gnomon train metacog --policy-samples 3"
+            )
+        return replace(found, rules=rules, running=self.running, modulate=self.modulate), chosen
 
 
 def evaluate(
