@@ -1,7 +1,8 @@
 """Phases B and C of metacognitive training, behind the heads of phase A (rows R2, T1, T3).
 
-A round: rollouts through the serving engine under the predicted plan, the shortest right one of a problem to learn from; labels made again by the model as it now is (stale labels are the classic mistake); steps on both. Phase B leaves
-the base frozen, phase C unfreezes what its `adapt` names and runs a share of the rollouts under the predicted budget.
+A round: rollouts through the serving engine under the predicted plan, the shortest right one of a problem to learn from;
+labels made again by the model as it now is (stale labels are the classic mistake); steps on both. Phase B leaves the
+base frozen, phase C unfreezes what its `adapt` names and runs a share of the rollouts under the predicted budget.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from gnomon.training.objectives import LossWeights
 from gnomon.training.phase_fit import PhaseConfig, fit_phase
 from gnomon.training.rollout import TEMPERATURE, label
 from gnomon.training.thoughts import thought_of
-
 
 _LEAST = 64  # thoughts that a round is learned from, where there are so many
 
