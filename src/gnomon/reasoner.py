@@ -15,6 +15,7 @@ from gnomon.base.atomic import write_atomic
 from gnomon.base.errors import ModelError, unknown
 from gnomon.base.seeds import derive
 from gnomon.data.codec import Codec, OwnCodec
+from gnomon.data.codec import fingerprint as codec_fingerprint
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
 from gnomon.decoding.engine import Engine
 from gnomon.decoding.room import allot
@@ -97,7 +98,7 @@ class Reasoner:
 
     def with_layer(self, folder: Path) -> Reasoner:
         """The same base with the metacognitive layer of `folder` (unchanged when it holds none)."""
-        found = store.load(folder, self.base)
+        found = store.load(folder, self.base, codec_fingerprint(self.codec))
         if found is None:
             return self
         heads, card, steerer = found
@@ -114,7 +115,8 @@ class Reasoner:
         """Write the metacognitive layer to `folder` and, unless the base lies there too, which base it belongs to."""
         if self.decider is None:
             raise ModelError(f"{self.name} has no metacognitive layer to save; train one with `gnomon train metacog`")
-        store.save(folder, self.decider.heads, self.decider.card, self.base, self.decider.steerer)
+        layer = self.decider
+        store.save(folder, layer.heads, layer.card, self.base, layer.steerer, codec_fingerprint(self.codec))
         if self.overlay is not None:
             self.overlay.save(folder)
         else:  # of a layer that lay here before: it would change this layer's base

@@ -20,6 +20,8 @@ from torch import Tensor
 from gnomon.base.checkpoint import load_tensors, save_tensors
 from gnomon.base.errors import CheckpointError, ModelError
 from gnomon.base.seeds import torch_generator
+from gnomon.data.codec import OwnCodec
+from gnomon.data.codec import fingerprint as codec_fingerprint
 from gnomon.metacognition import store
 from gnomon.metacognition.calibration import FILE_NAME as CARD_FILE
 from gnomon.metacognition.calibration import Card
@@ -28,7 +30,7 @@ from gnomon.metacognition.decide import Decider
 from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.steerer import Steerer
 from gnomon.model.overlay import Overlay
-from gnomon.reasoner import Reasoner
+from gnomon.reasoner import Reasoner, shipped
 
 BASE = "b" * 64
 PLANS = ["steps", "direct", "steps"]
@@ -234,3 +236,20 @@ def test_a_layer_without_an_overlay_leaves_no_overlay_of_another_behind(tmp_path
     assert again.overlay is None and again.base == made.base
     (kept,) = [p for n, p in again.backbone.module.named_parameters() if n == name]  # type: ignore[attr-defined]
     assert torch.equal(kept, weight)
+
+
+def test_another_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    nano = Reasoner.load("nano")
+    assert nano.decider is not None
+    mine = codec_fingerprint(nano.codec)
+    assert store.load(shipped("nano"), nano.base, mine) is not None, "the shipped layer knows its tokenizer"
+    store.save(tmp_path, nano.decider.heads, nano.decider.card, nano.base, tokenizer="0" * 64)
+    with pytest.raises(ModelError, match="trained with tokenizer 000000000000, but this base has " + mine[:12]):
+        store.load(tmp_path, nano.base, mine)
+    assert store.load(tmp_path, nano.base) is not None
+    store.save(tmp_path, nano.decider.heads, nano.decider.card, nano.base)
+    assert store.load(tmp_path, nano.base, mine) is not None, "a layer from before tokenizers were noted"
+    other = OwnCodec(nano.codec.tokenizer)  # type: ignore[attr-defined]
+    assert codec_fingerprint(other) == mine
+    other.layout = replace(other.layout, plans={**other.layout.plans, "steps": (77,)})
+    assert codec_fingerprint(other) != mine

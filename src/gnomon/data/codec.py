@@ -5,8 +5,9 @@ Two codecs exist: `OwnCodec` (token mode, one token per tag) and `data.foreign.T
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from gnomon.data.encode import decode_nodes, encode_prompt
 from gnomon.data.tokenizer import Tokenizer
@@ -28,6 +29,16 @@ class Codec(Protocol):
 
     def think_graph(self, ids: Sequence[int], truncated: bool) -> Graph:
         """The nodes of a think block; total on anything a model writes."""
+
+
+_PROBES: Final = ("Compute 34 + 27 - 15.", "naïve Ωmega 東京 🙂", "a\n\n  b\tc </think> <answer>", "0123456789")
+
+
+def fingerprint(codec: Codec) -> str:
+    """Hash of how questions and tags become ids: vocabulary, template and wording, as far as a few probes show them."""
+    layout = codec.layout
+    tags = (layout.think, layout.end_think, layout.answer, layout.end_answer, sorted(layout.plans.items()), layout.eos)
+    return hashlib.sha256(repr((tags, [codec.encode_prompt(text) for text in _PROBES])).encode()).hexdigest()
 
 
 class OwnCodec:

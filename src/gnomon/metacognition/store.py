@@ -41,11 +41,23 @@ def fingerprint(heads: MetacogHeads, steerer: Steerer | None) -> str:
     return hashlib.sha256(f"{heads.fingerprint()}:{steerer.fingerprint()}".encode()).hexdigest()
 
 
-def save(folder: Path, heads: MetacogHeads, card: Card | None, base: str, steerer: Steerer | None = None) -> None:
-    """Write the layer; base: fingerprint of the base model that its states come from. Without a card none is kept."""
+def save(
+    folder: Path,
+    heads: MetacogHeads,
+    card: Card | None,
+    base: str,
+    steerer: Steerer | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """Write the layer. Without a card none is kept.
+
+    base, tokenizer: fingerprints of the base model that its states come from, and of how text becomes its ids.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().contiguous() for k, v in heads.state_dict().items()}
     body = {"version": VERSION, "base": base, "heads": heads.config.model_dump(mode="json")}
+    if tokenizer is not None:
+        body["tokenizer"] = tokenizer
     if steerer is not None:
         tensors |= {_STEERER + k: v.detach().contiguous() for k, v in steerer.state_dict().items()}
         body["steerer"] = steerer.config.model_dump(mode="json")
@@ -57,11 +69,11 @@ def save(folder: Path, heads: MetacogHeads, card: Card | None, base: str, steere
         (folder / CARD_FILE).unlink(missing_ok=True)
 
 
-def load(folder: Path, base: str | None = None) -> Layer | None:
+def load(folder: Path, base: str | None = None, tokenizer: str | None = None) -> Layer | None:
     """The layer of a folder, or None where there is none.
 
-    base: fingerprint of the base model at hand. Raises ModelError for a layer of another base, CheckpointError for
-    damaged files.
+    base, tokenizer: fingerprints of what is at hand; layers from before 2026-11-21 do not know their tokenizer. Raises
+    ModelError for a layer of another base or tokenizer, CheckpointError for damaged files.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -70,13 +82,19 @@ def load(folder: Path, base: str | None = None) -> Layer | None:
         body = json.loads(path.read_text(encoding="utf-8"))
         config = MetacogConfig.model_validate(body["heads"])
         steering = SteerConfig.model_validate(body["steerer"]) if "steerer" in body else None
-        made_on = str(body["base"])
+        made_on, written_by = str(body["base"]), body.get("tokenizer")
     except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; train the heads again") from None
     if base is not None and made_on != base:
         raise ModelError(
             f"the metacognitive layer in {folder} was trained on base {made_on[:12]}, but this base is {base[:12]}; "
             "load the base that it belongs to, or train heads for this one with `gnomon train metacog`"
+        )
+    if tokenizer is not None and written_by not in (None, tokenizer):
+        raise ModelError(
+            f"the metacognitive layer in {folder} was trained with tokenizer {str(written_by)[:12]}, but this base has "
+            f"{tokenizer[:12]}: its prompts become other ids; put back the tokenizer files or prompt style of the "
+            "base, or train the layer again with `gnomon train metacog`"
         )
     heads = MetacogHeads(config).eval()
     steerer = None if steering is None else Steerer(steering, config).eval()

@@ -1,7 +1,7 @@
 """Phases B and C of metacognitive training, behind the heads of phase A (rows R2, T1, T3).
 
-A round: rollouts through the serving engine under the predicted plan, the shortest right one of a problem to learn from;
-labels made again by the model as it now is (stale labels are the classic mistake); steps on both. Phase B leaves the
+A round: rollouts through the serving engine under the predicted plan, the shortest right ones to learn from; fresh
+labels, by the model as it now is (stale ones are the classic mistake); steps on both. Phase B leaves the
 base frozen, phase C unfreezes what its `adapt` names and runs a share of the rollouts under the predicted budget.
 """
 
