@@ -91,7 +91,7 @@ def savings(args: argparse.Namespace) -> dict[str, Any]:
 def smollm2(args: argparse.Namespace) -> dict[str, Any]:
     from study_smol import confidence as study
 
-    return study(gym(args), args.layer, stream="studies-smol-1", n=args.n or 1200)
+    return study(gym(args), args.layer, stream="studies-smol-2", n=args.n or 1200)
 
 
 STUDIES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

@@ -28,6 +28,7 @@ from gnomon.training.heads_fit import read_greedy
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 GOAL_SHARE, GOAL_LOSS = 0.5, 0.005
+PRICES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.004, 0.006)
 
 
 def decoded(setup: Setup, r: dict[str, Any], card: Card, items: Sequence[Problem]) -> tuple[Bools, Ints, Ints, Ints]:
@@ -96,11 +97,12 @@ def savings(setup: Setup, *, stream: str, n: int) -> dict[str, Any]:
     at = np.arange(n)
     fixed = first["correct"][at, pick], first["used"][at, pick]
     oracle = hindsight(first["correct"], first["used"])
-    found, plans_only, shares = [], [], []
+    found, plans_only, shares, reads = [], [], [], []
     for seed, fit in enumerate(fits):
         card, report = carded(setup, fit.heads, best, order)
         say(f"seed {seed}: price {card.plan_price}, clip level {card.budget_clip.level}")
-        right, used, plan, full = decoded(setup, read_greedy(fit.heads, labels), card, items)
+        reads.append(read_greedy(fit.heads, labels))
+        right, used, plan, full = decoded(setup, reads[-1], card, items)
         found.append((right, used))
         uncut = first["correct"][at, plan]
         plans_only.append(against(uncut, full, fixed, oracle))
@@ -116,12 +118,27 @@ def savings(setup: Setup, *, stream: str, n: int) -> dict[str, Any]:
         "oracle": against(oracle[0], oracle[1], fixed, oracle), "seeds": seeds, "plans": shares,
         "over_seeds": {k: over_seeds([s[k] for s in seeds]) for k in names}, "mean_of_seeds": pooled,
         "plan_only": {k: over_seeds([s[k] for s in plans_only]) for k in names},
+        "prices": price_curve(reads, fixed, oracle),
         "table": by_table(setup, val, first, best, fixed, oracle),
         "shipped": shipped(setup, labels, items, fixed, oracle),
         "goal": statistics.fmean(s["token_share"] for s in seeds) <= GOAL_SHARE and pooled["loss"] <= GOAL_LOSS,
     }  # fmt: skip
     _show(body)
     return plain(body)
+
+
+def price_curve(reads: Sequence[dict[str, Any]], fixed: Any, oracle: Any) -> list[dict[str, Any]]:
+    """What other prices of a token would give on this stream, mean of seeds, uncapped: a picture, not a choice."""
+    found = []
+    for price in PRICES:
+        rows = []
+        for r in reads:
+            plan = best_value(r["solve"], r["cost"], price)
+            at = np.arange(len(plan))
+            rows.append((r["correct"][at, plan], r["used"][at, plan]))
+        right, used = (np.mean([x[k] for x in rows], axis=0) for k in (0, 1))
+        found.append(against(right, used, fixed, oracle) | {"price": price})
+    return found
 
 
 def shipped(setup: Setup, labels: Any, items: Sequence[Problem], fixed: Any, oracle: Any) -> dict[str, Any]:
@@ -166,6 +183,11 @@ def _show(body: dict[str, Any]) -> None:
         f"Predicted plan and budget, stream {body['stream']}, n = {body['n']}",
         ("policy", "accuracy", "think tokens", "points lost", "share of fixed's tokens", "share of oracle's saving"),
         rows,
+    )
+    table(
+        "Other prices on this stream, mean of seeds, uncapped (nothing is chosen here)",
+        ("policy", "accuracy", "think tokens", "points lost", "share of fixed's tokens", "share of oracle's saving"),
+        [line(f"price {x['price']}", x) for x in body["prices"]],
     )
     table("Over seeds (t-interval)", ("what", "plan and budget", "plan only, uncapped"), [
         (k, body["over_seeds"][k], body["plan_only"][k]) for k in body["over_seeds"]
