@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tests import own
+from tests.training.test_thoughts import random_steerer
 
 from gnomon.attempts import Job, run
 from gnomon.base.errors import ModelError, UnknownNameError
@@ -115,6 +116,20 @@ def test_the_sweep_equals_direct_runs_at_every_budget(reasoner: Reasoner) -> Non
             assert swept.point(s, b).answered == pytest.approx(answered[k, j])
             assert swept.point(s, b).cut == cut[k, j]
     assert swept.point("verify", 4).cut > 0
+
+
+def test_needs_and_sweeps_are_those_of_the_model_as_it_is_steered(reasoner: Reasoner) -> None:
+    """Gate and adapters stay on where nothing is predicted: what a cut row needs is what this model would think."""
+    assert reasoner.decider is not None
+    heads = reasoner.decider.heads
+    acting = replace(reasoner, decider=Decider(heads, None, random_steerer(heads, 1.0)))
+    items = problems("boolean", "test", "steered-need", 16, (1, 2, 3))
+    records, _ = runner.decode_records(acting, items, "verify", 3)
+    jobs = [Job(p, "verify", None, use_prediction=False) for p in items]
+    full, bare = ([g[0] for g in run(r, jobs)] for r in (acting, reasoner))
+    assert [r.needed for r in records] == [a.trace.used for a in full] != [a.trace.used for a in bare]
+    swept = runner.sweep_problems(acting, items, strategies=("verify",), budgets=(3, None), quiet=True)
+    assert swept.used[:, 0, -1].tolist() == [a.trace.used for a in full]
 
 
 def test_the_sweep_draws_its_constants_from_val_alone(reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -87,7 +87,7 @@ def decode_records(
         cut = [i for i in range(len(attempts)) if i not in needed]
         most = reasoner.max_think if cap is None else cap
         again = [_resumed(items[i], attempts[i].trace, cap, most, seed) for i in cut]
-        bare = replace(reasoner, decider=None, rules=None)
+        bare = reasoner.unpredicted()
         for i, found in zip(cut, run(bare, again, max_batch=max_batch), strict=True):
             needed[i] = found[0]
     prompts = prompt_logprobs(reasoner, items)
@@ -195,7 +195,7 @@ def sweep_problems(
     the answer is decoded.
     """
     names = tuple(strategies or reasoner.codec.strategies)
-    reasoner = replace(reasoner, decider=None, rules=None)  # nothing is predicted here, so no states are read
+    reasoner = reasoner.unpredicted()
     cells = [(s, i) for i in range(len(items)) for s in names]  # neighbours share a prompt, so they share its prefill
     with Progress(f"{title}: uncapped", len(cells), quiet=quiet) as bar:
         jobs = [Job(items[i], s, cap, use_prediction=False, seed="sweep") for s, i in cells]
