@@ -11,7 +11,7 @@ import torch
 from tests import own
 
 from gnomon.attempts import Job, run
-from gnomon.base.errors import CheckpointError, DataError, ModelError
+from gnomon.base.errors import CheckpointError, ConfigError, DataError, ModelError
 from gnomon.metacognition.config import MetacogConfig
 from gnomon.metacognition.decide import Decider
 from gnomon.metacognition.heads import MetacogHeads
@@ -76,6 +76,34 @@ def test_phase_b_changes_the_layer_and_not_the_base(folder: Path) -> None:
     assert facts["valid"] + facts["empty"] + facts["truncated"] == pytest.approx(1.0, abs=0.2)
     assert set(facts["think_rate_by_level"]) == {1, 2} and 0 < facts["thoughts"] <= 20
     assert all(p.requires_grad for p in after.backbone.module.parameters()), "left as they were found"  # type: ignore[attr-defined]
+
+
+def learned_by(reasoner: Reasoner) -> list[torch.Tensor]:
+    """Every parameter of steerer, heads and base."""
+    assert reasoner.decider is not None and reasoner.decider.steerer is not None
+    parts = (reasoner.decider.steerer, reasoner.decider.heads, reasoner.backbone.module)  # type: ignore[attr-defined]
+    return [p for part in parts for p in part.parameters()]
+
+
+def test_the_moving_average_takes_the_place_of_what_learned(folder: Path) -> None:
+    ends = {}
+    for ema in (0.0, 1.0, 0.1):
+        config = SMALL.model_copy(update={"ema": ema, "adapt": AdaptConfig(mode="ln")})
+        after = phases.run_phase(layered(folder), config, DRAW, "E", LossWeights(), lambda _: None)
+        assert after.decider is not None and after.decider.steerer is not None
+        module = after.backbone.module  # type: ignore[attr-defined]
+        ends[ema] = [
+            p.detach().clone() for m in (after.decider.steerer, after.decider.heads, module) for p in m.parameters()
+        ]
+    first = learned_by(layered(folder))
+    assert all(torch.allclose(a, b) for a, b in zip(ends[0.0], ends[1.0], strict=True)), "a share of 1 is no average"
+    moved = [
+        (a - s).norm() / (b - s).norm() for a, b, s in zip(ends[0.1], ends[0.0], first, strict=True) if (b - s).any()
+    ]
+    assert len(moved) > 10 and all(0.0 < float(m) < 0.6 for m in moved), "four steps at a tenth lag behind"
+    with pytest.raises(ConfigError, match="ema cannot be kept as LoRA factors"):
+        config = SMALL.model_copy(update={"ema": 0.1, "adapt": AdaptConfig(mode="lora")})
+        phases.run_phase(layered(folder), config, DRAW, "E", LossWeights(), lambda _: None)
 
 
 @pytest.mark.parametrize("adapt", [AdaptConfig(mode="last_k"), AdaptConfig(mode="lora", lora=LoraOptions(rank=2))])

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from gnomon.base.config import Config
-from gnomon.base.errors import DataError
+from gnomon.base.errors import ConfigError, DataError
 from gnomon.base.seeds import torch_generator
 from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.steerer import Steerer, telemetry
@@ -23,6 +23,7 @@ from gnomon.model.lm import LM
 from gnomon.model.steering import expected_l0
 from gnomon.training import lm_objectives, objectives
 from gnomon.training.adapt import AdaptConfig, Adapted
+from gnomon.training.ema import Ema
 from gnomon.training.head_rows import HeadRows
 from gnomon.training.heads_fit import head_losses, warm_cosine
 from gnomon.training.lm_objectives import LMLossWeights
@@ -38,7 +39,8 @@ class PhaseConfig(Config):
     predicted plan. capped: share of the problems whose rollouts run under the predicted budget (at most three quarters:
     needs are only seen where nothing cuts). label_n: problems that all strategies are sampled on again, per round.
     batch, head_batch: thoughts, and labelled states per site, in a step. lr: of gate, adapters and LoRA; heads_lr: of
-    the heads. l0: weight of the expected number of open adapters.
+    the heads. l0: weight of the expected number of open adapters. ema: with it the moving average of all that learned
+    takes its place at the end of a round (not with LoRA, whose average is no product of two factors).
     """
 
     rounds: int = Field(default=1, ge=0)
@@ -52,6 +54,7 @@ class PhaseConfig(Config):
     lr: float = Field(default=2e-3, gt=0.0)
     heads_lr: float = Field(default=5e-5, gt=0.0)
     l0: float = Field(default=0.0003, ge=0.0)
+    ema: float = Field(default=0.0, ge=0.0, le=1.0, description="share of the new value in an average; 0 = off")
     margin: float = Field(default=0.0, description="what a thought must gain for `consistency`, nats per token")
     adapt: AdaptConfig = AdaptConfig()
     weights: LMLossWeights = LMLossWeights()
@@ -84,6 +87,9 @@ def fit_phase(
     """
     if not thoughts:
         raise DataError("no rollout of this round was right, so there is nothing to learn from; draw more problems")
+    if config.ema and config.adapt.mode == "lora":
+        raise ConfigError("ema cannot be kept as LoRA factors: set ema = 0, or another adapt.mode (ln, last_k, all)")
+    average = Ema(nn.ModuleList([steerer, heads, lm.module]), config.ema) if config.ema else None
     draw, noise = torch_generator("phase-rows", name), torch_generator("phase-gates", name)
     gauges: dict[str, float] = {}
 
@@ -99,6 +105,11 @@ def fit_phase(
         parts |= head_losses(heads, rows, at)[0]
         return objectives.weighted(parts, config.weights, head_weights, _Fixed(l0=config.l0))
 
+    def watch(step: int, row: dict[str, Any]) -> bool | None:
+        if average is not None:
+            average.update()
+        return None if on_step is None else on_step(step, {**row, **gauges})
+
     groups = [
         {"params": list(steerer.parameters()), "lr": config.lr, "name": "steerer"},
         {"params": [p for p in heads.parameters() if p.requires_grad], "lr": config.heads_lr, "name": "heads"},
@@ -108,8 +119,14 @@ def fit_phase(
     result = fit(
         step_loss, [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)], config.steps,
         schedule=warm_cosine(0.05), clip=1.0,
-        on_step=None if on_step is None else lambda step, row: on_step(step, {**row, **gauges}),
+        on_step=watch,
     )  # fmt: skip
+    if average is not None:
+        with average.applied():
+            kept = [(p, p.detach().clone()) for g in groups for p in g["params"]]
+        with torch.no_grad():
+            for p, value in kept:
+                p.copy_(value)
     heads.eval()
     steerer.eval()
     return {**result, "telemetry": gauges}
