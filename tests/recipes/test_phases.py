@@ -18,7 +18,7 @@ from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.steerer import SteerConfig
 from gnomon.model.overlay import FILE, Overlay
 from gnomon.reasoner import Reasoner
-from gnomon.recipes import metacog, phases
+from gnomon.recipes import claims, demo, metacog, phases
 from gnomon.recipes.metacog import MetacogRunConfig
 from gnomon.tasks.procedural import problems
 from gnomon.training.adapt import AdaptConfig, LoraOptions
@@ -207,3 +207,24 @@ def test_the_recipe_runs_all_phases_and_fits_a_card_for_the_end(folder: Path, tm
     assert again.decider is not None and again.decider.card == decider.card
     prompt = "Work out (true and false) or true."
     assert again.ask(prompt).report() == trained.reasoner.ask(prompt).report()
+
+
+def test_the_report_shows_the_phases_and_where_adapters_open(folder: Path, tmp_path: Path) -> None:
+    config = MetacogRunConfig.model_validate(
+        {
+            "base": str(folder), "tasks": "boolean", "levels": (1, 2), "samples": 1, "stream": "mini-report",
+            "label_n": 26, "calibration_n": 26, "val_n": 26, "test_n": 26, "phases": "AB", "b": SMALL,
+            "heads": HeadsConfig(steps=10, proj_dim=8, width=16), "with_sweep": False,
+        }
+    )  # fmt: skip
+    made = demo.run(config, tmp_path, lambda _: None)
+    page = made.page.read_text()
+    assert "<h2>Phases</h2>" in page and "thinks, level 2" in page and "B, round 1" in page
+    assert (made.folder / "plots" / "gates_by_token.png").stat().st_size > 5000
+    gates = made.outcome.gates
+    assert len(gates["gates"]) == len(gates["blocks"]) == 2
+    assert {len(row) for row in gates["gates"]} == {len(gates["tokens"])}
+    metrics = (made.folder / "metrics.jsonl").read_text()
+    assert '"train/gate/rms"' in metrics and '"train/adapters/coverage"' in metrics
+    made.page.unlink()
+    assert "<h2>Phases</h2>" in claims.rewrite(made.folder).read_text(), "drawn again from what was kept"

@@ -13,6 +13,7 @@ from gnomon.data.encode import decode_nodes, encode_prompt
 from gnomon.data.tokenizer import Tokenizer
 from gnomon.protocol.graph import Graph
 from gnomon.protocol.layout import Layout
+from gnomon.protocol.tags import TAGS
 
 
 class Codec(Protocol):
@@ -31,7 +32,7 @@ class Codec(Protocol):
         """The nodes of a think block; total on anything a model writes."""
 
 
-_PROBES: Final = ("Compute 34 + 27 - 15.", "naïve Ωmega 東京 🙂", "a\n\n  b\tc </think> <answer>", "0123456789")
+_PROBES: Final = ("Compute 34 + 27 - 15.", "naïve Ωmega 東京 🙂", "a\n\n  b\tc " + " ".join(TAGS), "0123456789")
 
 
 def fingerprint(codec: Codec) -> str:

@@ -213,6 +213,26 @@ def alpha_by_layer(alpha: Mapping[str, Sequence[float]]) -> Any:
     return figure
 
 
+def gates_by_token(sample: Mapping[str, Any]) -> Any:
+    """Gates of the side adapters over one thought: blocks down, tokens across (heat map).
+
+    sample: `tokens` [T] texts, `blocks` [A] numbers, `gates` [A][T] in [0, 1].
+    """
+    table = np.array(sample["gates"], dtype=np.float64)
+    tokens, blocks = list(sample["tokens"]), list(sample["blocks"])
+    figure, ax = pyplot().subplots(figsize=(max(5.0, min(14.0, 0.3 * len(tokens) + 2.0)), 0.35 * len(blocks) + 1.8))
+    image = ax.imshow(table, aspect="auto", cmap="Blues", vmin=0.0, vmax=1.0)
+    ax.set_yticks(range(len(blocks)), blocks)
+    step = max(1, len(tokens) // 48)
+    shown = range(0, len(tokens), step)
+    ax.set_xticks(shown, [tokens[i] for i in shown], rotation=90, fontsize=8)
+    ax.grid(visible=False)
+    ax.set_ylabel("block")
+    ax.set_title("Where the side adapters are open, one thought")
+    figure.colorbar(image, ax=ax, fraction=0.03, pad=0.02)
+    return figure
+
+
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
     """One small chart per metric of a training log; rows hold `step` and slash names. At most 9 charts."""
     names = sorted(

@@ -55,6 +55,7 @@ class ReportData:
     """What a report shows; parts that are missing are left out.
 
     summary: of `summarise`; alpha: mean weight per layer for each site; curves: rows of a training log;
+    gates: of the side adapters over one thought (plots.gates_by_token);
     facts: lines of provenance (command, seed, model, machine); tables: shown after the charts.
     """
 
@@ -64,6 +65,7 @@ class ReportData:
     sweep: Sweep | None = None
     alpha: Mapping[str, Sequence[float]] = field(default_factory=dict)
     curves: Sequence[Mapping[str, Any]] = ()
+    gates: Mapping[str, Any] = field(default_factory=dict)
     tables: Sequence[Table] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -122,6 +124,9 @@ def _charts(data: ReportData) -> list[tuple[str, str, str, Callable[[], Any]]]:
         charts.append(("reliability", "Reliability diagram", note, lambda: plots.reliability(data.records)))
     if data.alpha:
         charts.append(("alpha_by_layer", "Layer weights", "", lambda: plots.alpha_by_layer(data.alpha)))
+    if data.gates:
+        note = f"Gate factors of this thought are {data.gates['reach']:.2f} away from 1 (root mean square)."
+        charts.append(("gates_by_token", "Side adapters", note, lambda: plots.gates_by_token(data.gates)))
     if data.curves:
         charts.append(("training_curves", "Training curves", "", lambda: plots.training_curves(data.curves)))
     return charts

@@ -106,7 +106,9 @@ def write(outcome: Outcome, config: MetacogRunConfig, folder: Path, title: str) 
         outcome.sweep,
         heads["telemetry"].get("alpha_by_site", {}),
         heads["curve"],
+        outcome.gates,
         (
+            *_phases(outcome),
             Table("Labels", ("strategy", "accuracy", "think tokens", "cheapest solver"), _labels(heads)),
             Table("What this run shows", COLUMNS, claims(outcome), "Every number was computed in this run."),
         ),
@@ -127,6 +129,7 @@ def _plain(data: ReportData) -> dict[str, Any]:
             "sweep": None if sweep is None else sweep.to_json(),
             "alpha": data.alpha,
             "curves": list(data.curves),
+            "gates": data.gates,
             "tables": [vars(t) for t in data.tables],
             "facts": data.facts,
         }
@@ -160,6 +163,30 @@ def _record(facts: Mapping[str, Any]) -> EvalRecord:
     """A stored record; JSON has no NaN, so a missing log-prob came back as None."""
     values: dict[str, Any] = {k: math.nan if v is None and k in _NANS else v for k, v in facts.items()}
     return EvalRecord(**values)
+
+
+def _phases(outcome: Outcome) -> list[Table]:
+    """What each round of phases B and C started from: the model's own rollouts, by kind and by level."""
+    if not outcome.phases:
+        return []
+    levels = sorted({level for r in outcome.phases for level in r["think_rate_by_level"]})
+    rows = []
+    for r in outcome.phases:
+        gauges = r["fit"]["telemetry"]
+        rows.append(
+            (
+                f"{r['phase']}, round {r['round'] + 1}", r["correct"], r["valid"], r["empty"], r["truncated"],
+                r["missing"], r["censored"], r["think_tokens_mean"], r["predicted_mean"],
+                *(r["think_rate_by_level"].get(level) for level in levels),
+                gauges.get("gate/rms"), gauges.get("adapters/activity"), gauges.get("adapters/coverage"),
+            )
+        )  # fmt: skip
+    columns = (
+        "phase", "right", "valid", "empty", "truncated", "no answer", "censored", "think tokens", "predicted",
+        *(f"thinks, level {level}" for level in levels), "gate", "adapters open", "coverage",
+    )  # fmt: skip
+    note = "Rollouts as the round began; gate (distance from 1) and adapters (over think tokens) as it ended."
+    return [Table("Phases", columns, rows, note)]
 
 
 def _labels(heads: Mapping[str, Any]) -> list[tuple[Any, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -255,6 +255,8 @@ class Outcome:
     records: list[EvalRecord]
     sweep: Sweep | None
     seconds: dict[str, float]
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    gates: dict[str, Any] = field(default_factory=dict)
 
 
 def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
@@ -292,7 +294,10 @@ def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
         "seconds": seconds,
     }
     folder.write_json("results.json", results)
-    return Outcome(trained, found.summary, found.records, swept, seconds)
+    sample = problems(config.tasks, "val", config.stream, len(config.levels), config.levels)[-1]
+    return Outcome(
+        trained, found.summary, found.records, swept, seconds, told, phases.heat_map(trained.reasoner, sample)
+    )
 
 
 def _rates(row: dict[str, Any]) -> dict[str, float]:

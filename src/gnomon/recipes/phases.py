@@ -22,6 +22,7 @@ from gnomon.model.lm import LM
 from gnomon.model.load import rebuilt
 from gnomon.model.overlay import Overlay
 from gnomon.reasoner import Reasoner
+from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
 from gnomon.training.adapt import Adapted, adapt
 from gnomon.training.head_rows import whole
@@ -29,7 +30,7 @@ from gnomon.training.labels import LabelSet
 from gnomon.training.objectives import LossWeights
 from gnomon.training.phase_fit import PhaseConfig, fit_phase
 from gnomon.training.rollout import TEMPERATURE, label
-from gnomon.training.thoughts import thought_of
+from gnomon.training.thoughts import collate, guided, thought_of
 
 _LEAST = 64  # thoughts that a round is learned from, where there are so many
 
@@ -167,6 +168,34 @@ def think_report(found: Sequence[Sequence[Attempt]]) -> dict[str, Any]:
         "think_tokens_mean": sum(a.trace.used for a in every) / n,
         "predicted_mean": sum(said) / len(said) if said else None,
         "think_rate_by_level": {level: sum(v) / len(v) for level, v in sorted(by_level.items())},
+    }
+
+
+def heat_map(reasoner: Reasoner, problem: Problem) -> dict[str, Any]:
+    """Gates of the side adapters over one greedy thought under `steps`, for the report; empty without adapters.
+
+    tokens [T] texts, blocks [A], gates [A][T], reach: root mean square distance of the gate factors from 1.
+    """
+    decider = reasoner.decider
+    if decider is None or decider.steerer is None or decider.steerer.adapters is None:
+        return {}
+    plan = "steps" if "steps" in decider.plans else decider.plans[-1]
+    trace = run(reasoner, [Job(problem, plan, 64, use_prediction=False)])[0][0].trace
+    thought = thought_of(trace, reasoner.codec.layout, decider.plans)
+    if not any(thought.inside):
+        return {}
+    with torch.no_grad():
+        out = guided(
+            LM(reasoner.backbone.module), decider.heads, decider.steerer,  # type: ignore[attr-defined]
+            collate([thought], reasoner.codec.layout.pad),
+        )  # fmt: skip
+    seen, codec = out.steer.seen, reasoner.codec
+    inside = [token for token, acts in zip(thought.ids, thought.inside, strict=True) if acts]
+    return {
+        "tokens": [codec.decode([token]) or "·" for token in inside],
+        "blocks": list(seen),
+        "gates": [gate.tolist() for _, gate in seen.values()],
+        "reach": float((out.vectors - 1.0).square().mean().sqrt()),
     }
 
 

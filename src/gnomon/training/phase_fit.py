@@ -122,14 +122,19 @@ def fit_phase(
         on_step=watch,
     )  # fmt: skip
     if average is not None:
-        with average.applied():
-            kept = [(p, p.detach().clone()) for g in groups for p in g["params"]]
-        with torch.no_grad():
-            for p, value in kept:
-                p.copy_(value)
+        _take(average, [p for g in groups for p in g["params"]])
     heads.eval()
     steerer.eval()
     return {**result, "telemetry": gauges}
+
+
+@torch.no_grad()
+def _take(average: Ema, parameters: Sequence[nn.Parameter]) -> None:
+    """Averages become the weights."""
+    with average.applied():
+        kept = [p.clone() for p in parameters]
+    for p, value in zip(parameters, kept, strict=True):
+        p.copy_(value)
 
 
 def lm_losses(lm: LM, out: Guided, thoughts: Sequence[Thought], pad: int, config: PhaseConfig) -> dict[str, Tensor]:
