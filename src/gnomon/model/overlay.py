@@ -28,6 +28,14 @@ class Overlay:
     tensors: Mapping[str, Tensor]
     lora_scale: float = 1.0
 
+    @property
+    def targets(self) -> set[str]:
+        """The parameters that it changes."""
+        return {
+            f"{name.removesuffix(_A).removesuffix(_B)}.weight" if name.endswith((_A, _B)) else name
+            for name in self.tensors
+        }
+
     def save(self, folder: Path) -> None:
         """Write the file. Raises CheckpointError for values that are not finite."""
         save_tensors(folder, FILE, {**self.tensors, _SCALE: torch.tensor(self.lora_scale)})
@@ -38,7 +46,7 @@ class Overlay:
         if not (folder / FILE).is_file():
             return None
         tensors = load_tensors(folder, FILE)
-        if _SCALE not in tensors:
+        if _SCALE not in tensors or tensors[_SCALE].numel() != 1:
             raise CheckpointError(f"{folder / FILE} names no {_SCALE}; it was not written by gnomon")
         return cls({k: v for k, v in tensors.items() if k != _SCALE}, float(tensors[_SCALE]))
 
@@ -48,23 +56,31 @@ class Overlay:
         own = dict(module.named_parameters())
         changed: dict[str, Tensor] = {}
         for name, value in self.tensors.items():
-            if name.endswith(_B):
-                continue
-            layer = name.removesuffix(_A)
+            layer = name.removesuffix(_A).removesuffix(_B)
             target = layer + ".weight" if layer != name else name
             if target not in own:
                 raise CheckpointError(f"the adaptation changes {target!r}, which this base does not have")
             if layer != name:
-                if layer + _B not in self.tensors:
-                    raise CheckpointError(f"the adaptation holds {name!r} without {layer + _B!r}")
-                delta = self.lora_scale * (self.tensors[layer + _B].float() @ value.float())
-                owner: Any = module.get_submodule(layer)
-                # GPT-2 keeps its matrices the other way round.
-                value = own[target].float() + (delta if isinstance(owner, nn.Linear) else delta.T)
+                other = layer + (_B if name.endswith(_A) else _A)
+                if other not in self.tensors:
+                    raise CheckpointError(f"the adaptation holds {name!r} without {other!r}")
+                if name.endswith(_B):
+                    continue
+                value = self._delta(layer, module)
             if value.shape != own[target].shape:
                 raise CheckpointError(
                     f"the adaptation of {target!r} is {list(value.shape)}, the base has {list(own[target].shape)}"
                 )
-            changed[target] = value
+            value = value.to(own[target].device)
+            changed[target] = own[target].float() + value if layer != name else value
         for name, value in changed.items():
             own[name].copy_(value)
+
+    def _delta(self, layer: str, module: nn.Module) -> Tensor:
+        """lora_scale · B · A in the shape of the layer's weight."""
+        a, b = (self.tensors[layer + part].float() for part in (_A, _B))
+        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+            raise CheckpointError(f"the adaptation of {layer!r} multiplies {list(b.shape)} by {list(a.shape)}")
+        owner: Any = module.get_submodule(layer)
+        delta = self.lora_scale * (b @ a)
+        return delta if isinstance(owner, nn.Linear) else delta.T  # GPT-2 keeps its matrices the other way round

@@ -66,7 +66,7 @@ def run_phase(
     steerer = reasoner.decider.steerer
     assert steerer is not None, "the caller adds one with `with_steerer`"
     module: Any = reasoner.backbone.module  # type: ignore[attr-defined]
-    adapted = adapt(module, config.adapt)
+    adapted, earlier = adapt(module, config.adapt), reasoner.overlay
     try:
         for number in range(config.rounds):
             name = f"{draw.stream}/{letter}{number}"
@@ -87,7 +87,14 @@ def run_phase(
             report({**made, "fit": told, "labels": labels.summary()})
     finally:
         adapted.restore()
-    return reasoner
+    return _settled(reasoner, earlier)
+
+
+def check(reasoner: Reasoner, steer: SteerConfig, configs: Sequence[PhaseConfig]) -> None:
+    """Refuse what cannot run before anything is labelled: blocks that are not there, modes that train nothing."""
+    steer.resolved(reasoner.backbone.n_layers)
+    for config in configs:
+        adapt(reasoner.backbone.module, config.adapt).restore()  # type: ignore[attr-defined]
 
 
 def with_steerer(reasoner: Reasoner, config: SteerConfig, seed: int) -> Reasoner:
@@ -211,6 +218,22 @@ def _served(reasoner: Reasoner, adapted: Adapted, steerer: Steerer) -> Reasoner:
     with adapted.merged(), torch.no_grad():
         backbone = rebuilt(reasoner.backbone)
     return replace(reasoner, backbone=backbone, decider=decider, overlay=Overlay(state, scale))
+
+
+def _settled(reasoner: Reasoner, earlier: Overlay | None) -> Reasoner:
+    """Behind a phase: LoRA goes into the module itself, which serves where nothing is compiled, and the overlay holds
+    what an `earlier` phase changed too."""
+    made = reasoner.overlay
+    if made is None or made is earlier:
+        return reasoner
+    module: Any = reasoner.backbone.module  # type: ignore[attr-defined]
+    if not made.targets <= made.tensors.keys():
+        made.apply(module)
+        reasoner = replace(reasoner, backbone=rebuilt(reasoner.backbone))
+    if earlier is not None:
+        own = dict(module.named_parameters())
+        made = Overlay({name: own[name].detach().clone() for name in sorted(made.targets | earlier.targets)})
+    return replace(reasoner, overlay=made)
 
 
 def _tick(bar: Progress, step: int, row: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
