@@ -194,8 +194,10 @@ def sweep_problems(
     A row that closed within B is not decoded again for B; of a longer one the first B think tokens are kept and only
     the answer is decoded.
     """
-    names = tuple(strategies or reasoner.codec.strategies)
     reasoner = reasoner.unpredicted()
+    # A layer that acts may know fewer plans than its base can write.
+    known = reasoner.codec.strategies if reasoner.decider is None else reasoner.decider.plans
+    names = tuple(strategies or known)
     cells = [(s, i) for i in range(len(items)) for s in names]  # neighbours share a prompt, so they share its prefill
     with Progress(f"{title}: uncapped", len(cells), quiet=quiet) as bar:
         jobs = [Job(items[i], s, cap, use_prediction=False, seed="sweep") for s, i in cells]

@@ -136,13 +136,20 @@ def overrides(
 
 
 def as_kind(kind: Any, value: Any, text: str) -> Any:
-    """A parsed value for a field: lists may be written with commas, texts stay as they were typed."""
+    """A parsed value for a field: lists may be written with commas ("" is none), texts stay as they were typed.
+
+    Where a field takes a number or a text, what reads as a number is one; where it takes numbers or a text, a word is
+    the text.
+    """
     options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     if value is None and type(None) in options:
         return None
     if any(typing.get_origin(o) in (tuple, list) or o in (tuple, list) for o in options):
-        return value if isinstance(value, list) else [parse_value(part.strip()) for part in text.split(",")]
-    return text if str in options else value
+        found = value
+        if not isinstance(found, list):
+            found = [parse_value(part.strip()) for part in text.split(",") if part.strip()]
+        return text if str in options and any(isinstance(part, str) for part in found) else found
+    return text if str in options and type(value) not in options else value
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

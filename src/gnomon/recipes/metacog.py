@@ -32,7 +32,7 @@ from gnomon.reasoner import Reasoner, is_own
 from gnomon.recipes import phases
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
-from gnomon.training.adapt import AdaptConfig
+from gnomon.training.adapt import AdaptConfig, unfrozen
 from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy
 from gnomon.training.labels import LabelSet, cache_folder
 from gnomon.training.phase_fit import PhaseConfig
@@ -162,7 +162,7 @@ def recalibrate(reasoner: Reasoner, config: MetacogRunConfig) -> tuple[Card, dic
     assert reasoner.decider is not None, "the caller checks that there is a layer"
     heads, old = reasoner.decider.heads, reasoner.decider.card
     items = problems(config.tasks, "calibration", config.stream, config.calibration_n, config.levels)
-    names = config.strategies or reasoner.codec.strategies
+    names = config.strategies or heads.config.plans  # a layer may know fewer than its base can write
     with Progress("rollouts (calibration)", len(items) * len(names)) as bar:
         labels = label(
             reasoner, items, strategies=names, samples=0, cap=config.max_think, max_batch=config.max_batch,
@@ -183,6 +183,12 @@ def train(
 
     Train, val and calibration problems are disjoint by construction. on_phase: what `phases.run_phase` reports.
     """
+    if config.phases != "A":  # what does not fit the base is refused before hours of work
+        config.steer.resolved(base.backbone.n_layers)
+        for phase in (config.b, config.c)[: len(config.phases) - 1]:
+            unfrozen(base.backbone.module, phase.adapt)  # type: ignore[attr-defined]
+    if config.phases != "A":
+        phases.check(base, config.steer, (config.b, config.c)[: len(config.phases) - 1])
     if config.labels is not None:
         labels = LabelSet.load(Path(config.labels))
         if labels.meta.get("base") != base.base:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from gnomon.base.config import Config
@@ -58,6 +58,16 @@ class PhaseConfig(Config):
     margin: float = Field(default=0.0, description="what a thought must gain for `consistency`, nats per token")
     adapt: AdaptConfig = AdaptConfig()
     weights: LMLossWeights = LMLossWeights()
+
+    @field_validator("weights")
+    @classmethod
+    def _made_here(cls, weights: LMLossWeights) -> LMLossWeights:
+        if weights.over_budget > 0:
+            raise ValueError(
+                f"over_budget = {weights.over_budget}, but phases learn from thoughts that closed by themselves and "
+                "make no such loss; leave it 0"
+            )
+        return weights
 
 
 class _Fixed(Config):
