@@ -228,3 +228,21 @@ def test_the_report_shows_the_phases_and_where_adapters_open(folder: Path, tmp_p
     assert '"train/gate/rms"' in metrics and '"train/adapters/coverage"' in metrics
     made.page.unlink()
     assert "<h2>Phases</h2>" in claims.rewrite(made.folder).read_text(), "drawn again from what was kept"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steer": {"gate_layer": 9}}, "gate_layer names 9, but the blocks of this base are 0 to 1"),
+        ({"steer": {"gate_layer": None, "adapter_layers": ()}}, "does nothing"),
+        ({"c": {"adapt": {"mode": "last_k", "last_k": 7}}}, "last_k = 7, but this model has 2 blocks"),
+        ({"c": {"adapt": {"mode": "lora", "lora": {"targets": ("nose",)}}}}, "nose"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_labelled(
+    change: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    config = MetacogRunConfig.model_validate({"base": str(folder), "tasks": "boolean", "phases": "ABC", **change})
+    with pytest.raises((ModelError, ConfigError), match=message):
+        metacog.train(Reasoner.load(folder), config, tmp_path)
+    assert not list(tmp_path.iterdir())
