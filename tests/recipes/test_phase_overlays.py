@@ -12,20 +12,21 @@ from tests import own
 from tests.recipes.test_phases import DRAW, SMALL, layered
 from torch import Tensor
 
+from gnomon.base import seeds
 from gnomon.base.errors import CheckpointError, ConfigError, ModelError
 from gnomon.evaluation import runner
 from gnomon.metacognition.config import MetacogConfig
 from gnomon.metacognition.decide import Decider
 from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.steerer import SteerConfig
-from gnomon.model import load
+from gnomon.model import decoder, load
 from gnomon.model.backbone import OwnBackbone
 from gnomon.model.overlay import Overlay
 from gnomon.reasoner import Reasoner
 from gnomon.recipes import metacog, phases
 from gnomon.recipes.metacog import MetacogRunConfig
 from gnomon.tasks.procedural import problems
-from gnomon.training.adapt import AdaptConfig, LoraOptions
+from gnomon.training.adapt import AdaptConfig, LoraOptions, adapt
 from gnomon.training.objectives import LossWeights
 from gnomon.training.phase_fit import PhaseConfig
 
@@ -117,3 +118,27 @@ def test_a_layer_of_fewer_plans_is_calibrated_and_swept_with_those(tmp_path: Pat
     assert asked == [plans]
     items = problems("boolean", "test", "two-plans", 2, (1,))
     assert runner.sweep_problems(reasoner, items, budgets=(2, None), cap=4, quiet=True).strategies == plans
+
+
+def test_steps_compute_blocks_again_and_drop_and_serving_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base stays in eval mode; what a phase switched on is off again where rollouts are drawn."""
+    module, ids, again = own.decoder(), torch.tensor([[5, 6, 7]]), []
+    monkeypatch.setattr(decoder, "checkpoint", lambda call, *args, **_: (again.append(1), call(*args))[1])
+    adapted = adapt(module, AdaptConfig(mode="lora", lora=LoraOptions(rank=2, dropout=0.9), checkpointing=True))
+    with torch.no_grad():
+        for p in adapted.lora.values():
+            p += 0.3
+
+    def said() -> Tensor:
+        with seeds.undisturbed():
+            seeds.seed_torch("drops", len(again))
+            out = module(ids).logits
+        assert isinstance(out, Tensor)
+        return out.detach()
+
+    served = said()
+    assert not again and torch.equal(said(), served), "serving neither drops nor computes again"
+    adapted.learning(True)
+    assert not torch.equal(said(), served) and len(again) == len(module.blocks)
+    adapted.learning(False)
+    assert torch.equal(said(), served) and len(again) == len(module.blocks)

@@ -138,9 +138,21 @@ class Adapted:
             }
             for p in self.lora.values():
                 p.data = p.data.float()  # small steps would be lost in a half precision of the base
+            self.learning(module.training)  # peft's layers come in train mode, whatever the module is in
         learning = {id(p) for p in (*self.base.values(), *self.lora.values())}
         for p in module.parameters():
             p.requires_grad_(id(p) in learning)
+
+    def learning(self, on: bool) -> None:
+        """Train mode, for steps, of what acts in it: checkpointing and LoRA's dropout.
+
+        The base's own dropout stays as it is: a pass of training is the pass of serving.
+        """
+        decoders = [part for part in self.module.modules() if isinstance(part, Decoder)]
+        for part in (decoders or block_list(self.module)) if self.config.checkpointing else ():
+            part.training = on  # not its children
+        for layer in lora_layers(self.module).values():
+            layer.train(on)
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser: `base` at lr · base_lr_scale, `lora` at lr; empty ones are left out."""

@@ -126,6 +126,7 @@ def fit_phase(
         *adapted.groups(config.lr),
     ]
     steerer.train()
+    adapted.learning(True)
     result = fit(
         step_loss, [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)], config.steps,
         schedule=warm_cosine(0.05), clip=1.0,
@@ -135,6 +136,7 @@ def fit_phase(
         _take(average, [p for g in groups for p in g["params"]])
     heads.eval()
     steerer.eval()
+    adapted.learning(False)
     return {**result, "telemetry": gauges}
 
 
