@@ -101,8 +101,13 @@ class Reasoner:
         found = store.load(folder, self.base, codec_fingerprint(self.codec))
         if found is None:
             return self
-        heads, card, steerer = found
+        heads, card, steerer, adaptation = found
         overlay, backbone = Overlay.load(folder), self.backbone
+        if adaptation is not None and (overlay is None or overlay.fingerprint() != adaptation):
+            raise ModelError(
+                f"the layer in {folder} was trained with changes to its base that are not the ones in {OVERLAY_FILE} "
+                f"({'missing' if overlay is None else 'of another layer'}); copy the whole folder again"
+            )
         if overlay is not None:
             from gnomon.model.load import rebuilt
 
@@ -116,7 +121,8 @@ class Reasoner:
         if self.decider is None:
             raise ModelError(f"{self.name} has no metacognitive layer to save; train one with `gnomon train metacog`")
         layer = self.decider
-        store.save(folder, layer.heads, layer.card, self.base, layer.steerer, codec_fingerprint(self.codec))
+        changes = None if self.overlay is None else self.overlay.fingerprint()
+        store.save(folder, layer.heads, layer.card, self.base, layer.steerer, codec_fingerprint(self.codec), changes)
         if self.overlay is not None:
             self.overlay.save(folder)
         else:  # of a layer that lay here before: it would change this layer's base

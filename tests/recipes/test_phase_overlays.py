@@ -21,7 +21,7 @@ from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.steerer import SteerConfig
 from gnomon.model import decoder, load
 from gnomon.model.backbone import OwnBackbone
-from gnomon.model.overlay import Overlay
+from gnomon.model.overlay import FILE, Overlay
 from gnomon.reasoner import Reasoner
 from gnomon.recipes import metacog, phases
 from gnomon.recipes.metacog import MetacogRunConfig
@@ -142,3 +142,19 @@ def test_steps_compute_blocks_again_and_drop_and_serving_does_not(monkeypatch: p
     assert not torch.equal(said(), served) and len(again) == len(module.blocks)
     adapted.learning(False)
     assert torch.equal(said(), served) and len(again) == len(module.blocks)
+
+
+def test_a_layer_without_its_changes_to_the_base_or_with_others_is_refused(tmp_path: Path) -> None:
+    base = Reasoner.load(own.save(own.decoder(), tmp_path / "base"))
+    heads = MetacogHeads(MetacogConfig(n_layers=2, hidden_size=32, proj_dim=8, width=16)).eval()
+    name, weight = next(iter(base.backbone.module.named_parameters()))  # type: ignore[attr-defined]
+    overlay = Overlay({name: weight.detach() + 1.0}, 2.0 / 3.0)
+    replace(base, decider=Decider(heads), overlay=overlay).save_layer(tmp_path / "layer")
+    again = Reasoner.load(tmp_path / "layer").overlay
+    assert again is not None and again.fingerprint() == overlay.fingerprint()
+    Overlay({name: weight.detach() + 2.0}).save(tmp_path / "layer")
+    with pytest.raises(ModelError, match="of another layer"):
+        Reasoner.load(tmp_path / "layer")
+    (tmp_path / "layer" / FILE).unlink()
+    with pytest.raises(ModelError, match="missing"):
+        Reasoner.load(tmp_path / "layer")

@@ -32,6 +32,7 @@ class Layer(NamedTuple):
     heads: MetacogHeads
     card: Card | None
     steerer: Steerer | None
+    adaptation: str | None = None  # fingerprint of the changes to the base that it was trained with
 
 
 def fingerprint(heads: MetacogHeads, steerer: Steerer | None) -> str:
@@ -48,16 +49,20 @@ def save(
     base: str,
     steerer: Steerer | None = None,
     tokenizer: str | None = None,
+    adaptation: str | None = None,
 ) -> None:
     """Write the layer. Without a card none is kept.
 
-    base, tokenizer: fingerprints of the base model that its states come from, and of how text becomes its ids.
+    base, tokenizer, adaptation: fingerprints of the base model that its states come from, of how text becomes its ids,
+    and of what training changed of that base (None = nothing).
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().contiguous() for k, v in heads.state_dict().items()}
     body = {"version": VERSION, "base": base, "heads": heads.config.model_dump(mode="json")}
     if tokenizer is not None:
         body["tokenizer"] = tokenizer
+    if adaptation is not None:
+        body["adaptation"] = adaptation
     if steerer is not None:
         tensors |= {_STEERER + k: v.detach().contiguous() for k, v in steerer.state_dict().items()}
         body["steerer"] = steerer.config.model_dump(mode="json")
@@ -109,4 +114,4 @@ def load(folder: Path, base: str | None = None, tokenizer: str | None = None) ->
     if steerer is not None:
         steerer.load_state_dict({k.removeprefix(_STEERER): v for k, v in state.items() if k.startswith(_STEERER)})
     card = Card.load(folder / CARD_FILE, fingerprint(heads, steerer)) if (folder / CARD_FILE).is_file() else None
-    return Layer(heads, card, steerer)
+    return Layer(heads, card, steerer, body.get("adaptation"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,14 @@ class Overlay:
             f"{name.removesuffix(_A).removesuffix(_B)}.weight" if name.endswith((_A, _B)) else name
             for name in self.tensors
         }
+
+    def fingerprint(self) -> str:
+        """Hash of all values: a layer is bound to the base as it was changed."""
+        digest = hashlib.sha256(str(torch.tensor(self.lora_scale).item()).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            values = tensor.detach().float().cpu().contiguous().numpy()
+            digest.update(f"{name}:{tuple(tensor.shape)}".encode() + values.tobytes())
+        return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write the file. Raises CheckpointError for values that are not finite."""
