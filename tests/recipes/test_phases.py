@@ -166,13 +166,6 @@ def test_the_shortest_right_thought_is_learned_from(folder: Path) -> None:
         chosen = by_prompt.get(group[0].problem.prompt)
         assert (chosen is None) == (not right)
         assert chosen is None or chosen.trace.used == min(a.trace.used for a in right)
-    learned = phases.lessons(found, "shortest")
-    greedy = {g[0].problem.prompt: g[0] for g in found}
-    new = [
-        a for a in learned if not greedy[a.problem.prompt].correct or greedy[a.problem.prompt].trace.used > a.trace.used
-    ]
-    assert learned[: len(new)] == new and len({a.problem.prompt for a in learned}) == len(learned)
-    assert len(learned) == min(len({a.problem.prompt for a in best}), max(2 * len(new), 64))
     report = phases.think_report(found)
     every = [a for group in found for a in group]
     assert report["correct"] == sum(a.correct for a in every) / len(every)
@@ -180,7 +173,7 @@ def test_the_shortest_right_thought_is_learned_from(folder: Path) -> None:
 
 
 def test_nothing_right_is_told_and_bad_blocks_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "lessons", lambda found, name: [])
+    monkeypatch.setattr(phases, "shortest_right", lambda found: [])
     with pytest.raises(DataError, match="no rollout of this round was right"):
         phases.run_phase(layered(folder), SMALL, DRAW, "B", LossWeights(), lambda _: None)
     with pytest.raises(ModelError, match="the blocks of this base are 0 to 1"):

@@ -32,8 +32,6 @@ from gnomon.training.phase_fit import PhaseConfig, fit_phase
 from gnomon.training.rollout import TEMPERATURE, label
 from gnomon.training.thoughts import collate, guided, thought_of
 
-_LEAST = 64  # thoughts that a round is learned from, where there are so many
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -75,7 +73,7 @@ def run_phase(
             labels = refreshed(reasoner, config, draw, name)
             rows = whole(labels)
             plans, layout = reasoner.decider.plans, reasoner.codec.layout
-            thoughts = [thought_of(a.trace, layout, plans) for a in lessons(found, name)]
+            thoughts = [thought_of(a.trace, layout, plans) for a in shortest_right(found)]
             with Progress(f"phase {letter}, round {number + 1}", config.steps) as bar:
                 told = fit_phase(
                     LM(module), heads, steerer, adapted, thoughts, rows, config, head_weights,
@@ -121,19 +119,6 @@ def collect(reasoner: Reasoner, config: PhaseConfig, draw: Draw, name: str) -> l
     with Progress(f"rollouts ({name.rpartition('/')[2]})", len(items) * (1 + config.samples)) as bar:
         found = run(reasoner, jobs, max_batch=draw.max_batch, on_done=bar.advance)
     return [[a for group in found[i : i + each] for a in group] for i in range(0, len(found), each)]
-
-
-def lessons(found: Sequence[Sequence[Attempt]], name: str) -> list[Attempt]:
-    """What is worth learning: the shortest right rollouts where the greedy one is wrong or longer, and as many others.
-
-    What a model already does gives no gradient; a share of it keeps it. The others are drawn by a hash of their text.
-    """
-    best = {a.problem.prompt: a for a in shortest_right(found)}
-    greedy = {group[0].problem.prompt: group[0] for group in found}
-    new = [a for p, a in best.items() if not greedy[p].correct or greedy[p].trace.used > a.trace.used]
-    fresh = {a.problem.prompt for a in new}
-    rest = sorted((a for p, a in best.items() if p not in fresh), key=lambda a: fraction(name, a.problem.prompt))
-    return [*new, *rest[: max(len(new), _LEAST - len(new))]]
 
 
 def shortest_right(found: Sequence[Sequence[Attempt]]) -> list[Attempt]:
