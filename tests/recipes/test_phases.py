@@ -239,3 +239,33 @@ def test_what_cannot_run_is_refused_before_anything_is_labelled(
     with pytest.raises((ModelError, ConfigError), match=message):
         metacog.train(Reasoner.load(folder), config, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_right_answers_behind_a_cut_teach_the_end_tag(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    real = phases.fit_phase
+    monkeypatch.setattr(phases, "fit_phase", lambda *args, **named: (seen.append(args[4]), real(*args, **named))[1])
+    cut = phases.Draw("boolean", (1, 2), "mini/cut", None, 2, 32, 0)  # everything is cut at two tokens
+    for weight in (0.0, 1.0):
+        config = SMALL.model_copy(update={"weights": LMLossWeights(forced_close=weight), "problems": 40})
+        phases.run_phase(layered(folder), config, cut, "F", LossWeights(), lambda _: None)
+    plain, taught = seen
+    assert not any(any(t.closed) for t in plain) and sum(any(t.closed) for t in taught) > 0
+
+
+def test_a_steered_layer_is_no_base_and_a_failing_phase_keeps_the_heads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layered(folder).save_layer(tmp_path / "layer")
+    config = {
+        "base": str(folder), "tasks": "boolean", "levels": (1, 2), "samples": 1, "stream": "mini-keep", "phases": "AB",
+        "label_n": 26, "calibration_n": 26, "val_n": 26, "b": SMALL,
+        "heads": HeadsConfig(steps=10, proj_dim=8, width=16),
+    }  # fmt: skip
+    with pytest.raises(ModelError, match="name the base with --base"):
+        metacog.train(Reasoner.load(tmp_path / "layer"), MetacogRunConfig.model_validate(config), tmp_path / "a")
+    monkeypatch.setattr(phases, "shortest_right", lambda found: [])
+    kept: list[Reasoner] = []
+    with pytest.raises(DataError, match="no rollout"):
+        metacog.train(Reasoner.load(folder), MetacogRunConfig.model_validate(config), tmp_path / "b", keep=kept.append)
+    assert len(kept) == 1 and kept[0].decider is not None and kept[0].decider.card is not None

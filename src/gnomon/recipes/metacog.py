@@ -13,7 +13,7 @@ from pydantic import Field
 
 from gnomon.attempts import Job, run
 from gnomon.base.config import Config
-from gnomon.base.errors import DataError
+from gnomon.base.errors import DataError, ModelError
 from gnomon.base.runs import Run
 from gnomon.base.seeds import derive
 from gnomon.base.telemetry import Progress
@@ -32,7 +32,7 @@ from gnomon.reasoner import Reasoner, is_own
 from gnomon.recipes import phases
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
-from gnomon.training.adapt import AdaptConfig, unfrozen
+from gnomon.training.adapt import AdaptConfig
 from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy
 from gnomon.training.labels import LabelSet, cache_folder
 from gnomon.training.phase_fit import PhaseConfig
@@ -178,15 +178,19 @@ def train(
     cache: Path,
     on_step: Any = None,
     on_phase: Callable[[dict[str, Any]], None] = lambda _: None,
+    keep: Callable[[Reasoner], None] = lambda _: None,
 ) -> Trained:
     """Label, fit heads, calibrate; then the phases that the config names, and a new card.
 
     Train, val and calibration problems are disjoint by construction. on_phase: what `phases.run_phase` reports.
+    keep: gets the reasoner with the card of phase A before the others begin, so that a later failure costs only itself.
+    Raises ModelError for a base that is a steered layer itself.
     """
-    if config.phases != "A":  # what does not fit the base is refused before hours of work
-        config.steer.resolved(base.backbone.n_layers)
-        for phase in (config.b, config.c)[: len(config.phases) - 1]:
-            unfrozen(base.backbone.module, phase.adapt)  # type: ignore[attr-defined]
+    if (base.decider is not None and base.decider.steerer is not None) or base.overlay is not None:
+        raise ModelError(
+            f"{config.base} is a layer that acts on its base (gate, adapters, an adaptation); a new one is trained on "
+            "the base alone: name the base with --base"
+        )
     if config.phases != "A":
         phases.check(base, config.steer, (config.b, config.c)[: len(config.phases) - 1])
     if config.labels is not None:
@@ -204,6 +208,7 @@ def train(
     reasoner = replace(base, decider=Decider(heads))
     reasoner, card_report = _with_card(reasoner, labels.cost_order(), config, cache)
     if config.phases != "A":
+        keep(reasoner)
         reasoner = phases.with_steerer(reasoner, config.steer, config.seed)
         draw = phases.Draw(
             config.tasks, config.levels, f"{config.stream}/phases", config.strategies, config.max_think,
@@ -274,6 +279,7 @@ def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
     trained = train(
         base, config, folder.folder / "labels", lambda step, row: folder.row(step, **_rates(row)),
         lambda facts: folder.row(facts["step"], **_rates(facts)) if "step" in facts else told.append(facts),
+        lambda reasoner: reasoner.save_layer(folder.folder / "model"),
     )  # fmt: skip
     trained.reasoner.save_layer(folder.folder / "model")
     seconds = {"train": time.monotonic() - began}

@@ -73,7 +73,10 @@ def run_phase(
             labels = refreshed(reasoner, config, draw, name)
             rows = whole(labels)
             plans, layout = reasoner.decider.plans, reasoner.codec.layout
-            thoughts = [thought_of(a.trace, layout, plans) for a in shortest_right(found)]
+            right = shortest_right(found)
+            if config.weights.forced_close > 0:
+                right += [a for group in found for a in group if a.correct and a.trace.stop == "hard"]
+            thoughts = [thought_of(a.trace, layout, plans) for a in right]
             with Progress(f"phase {letter}, round {number + 1}", config.steps) as bar:
                 told = fit_phase(
                     LM(module), heads, steerer, adapted, thoughts, rows, config, head_weights,

@@ -97,9 +97,7 @@ def fit_phase(
     """
     if not thoughts:
         raise DataError("no rollout of this round was right, so there is nothing to learn from; draw more problems")
-    if config.ema and config.adapt.mode == "lora":
-        raise ConfigError("ema cannot be kept as LoRA factors: set ema = 0, or another adapt.mode (ln, last_k, all)")
-    average = Ema(nn.ModuleList([steerer, heads, lm.module]), config.ema) if config.ema else None
+    average = _average(config, steerer, heads, lm.module)
     draw, noise = torch_generator("phase-rows", name), torch_generator("phase-gates", name)
     gauges: dict[str, float] = {}
 
@@ -138,6 +136,13 @@ def fit_phase(
     steerer.eval()
     adapted.learning(False)
     return {**result, "telemetry": gauges}
+
+
+def _average(config: PhaseConfig, *modules: nn.Module) -> Ema | None:
+    """The moving average of all that learns, where one is asked for."""
+    if config.ema and config.adapt.mode == "lora":
+        raise ConfigError("ema cannot be kept as LoRA factors: set ema = 0, or another adapt.mode (ln, last_k, all)")
+    return Ema(nn.ModuleList(modules), config.ema) if config.ema else None
 
 
 @torch.no_grad()
