@@ -135,7 +135,7 @@ def rebuilt(backbone: Any) -> Any:
     """A backbone over the same module with its present weights: compiled passes hold copies of older ones."""
     if isinstance(backbone, OwnBackbone):
         return own_backbone(backbone.module)
-    return serving(backbone.module)
+    return serving(backbone.module, backbone.weights if isinstance(backbone, NativeLlama) else "float")
 
 
 def _known(what: str, given: str, names: tuple[str, ...]) -> None:
