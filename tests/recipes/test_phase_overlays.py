@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from gnomon.training.adapt import AdaptConfig, LoraOptions, adapt
 from gnomon.training.objectives import LossWeights
 from gnomon.training.phase_fit import PhaseConfig
 
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the lora extra")
+
 
 def logits(backbone: Any) -> Tensor:
     out = backbone.extend(backbone.new_cache(1, 16), [(5, 6, 7, 8, 9)], logits="all").logits
@@ -44,6 +47,7 @@ def phase(reasoner: Reasoner, letter: str, mode: str) -> Reasoner:
 
 
 @pytest.mark.slow
+@needs_peft
 @pytest.mark.parametrize("modes", [("lora",), ("ln", "last_k"), ("lora", "lora")])
 def test_a_base_in_torch_serves_what_is_saved_of_all_phases(
     modes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,6 +124,7 @@ def test_a_layer_of_fewer_plans_is_calibrated_and_swept_with_those(tmp_path: Pat
     assert runner.sweep_problems(reasoner, items, budgets=(2, None), cap=4, quiet=True).strategies == plans
 
 
+@needs_peft
 def test_steps_compute_blocks_again_and_drop_and_serving_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base stays in eval mode; what a phase switched on is off again where rollouts are drawn."""
     module, ids, again = own.decoder(), torch.tensor([[5, 6, 7]]), []

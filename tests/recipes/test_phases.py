@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from gnomon.training.objectives import LossWeights
 from gnomon.training.phase_fit import PhaseConfig
 
 SMALL = PhaseConfig(problems=20, label_n=26, samples=1, steps=4, batch=4, head_batch=8)
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the lora extra")
 DRAW = phases.Draw("boolean", (1, 2), "mini/phases", None, None, 32, 0)
 
 
@@ -101,12 +103,22 @@ def test_the_moving_average_takes_the_place_of_what_learned(folder: Path) -> Non
         (a - s).norm() / (b - s).norm() for a, b, s in zip(ends[0.1], ends[0.0], first, strict=True) if (b - s).any()
     ]
     assert len(moved) > 10 and all(0.0 < float(m) < 0.6 for m in moved), "four steps at a tenth lag behind"
+
+
+@needs_peft
+def test_an_average_of_lora_factors_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="ema cannot be kept as LoRA factors"):
         config = SMALL.model_copy(update={"ema": 0.1, "adapt": AdaptConfig(mode="lora")})
         phases.run_phase(layered(folder), config, DRAW, "E", LossWeights(), lambda _: None)
 
 
-@pytest.mark.parametrize("adapt", [AdaptConfig(mode="last_k"), AdaptConfig(mode="lora", lora=LoraOptions(rank=2))])
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        AdaptConfig(mode="last_k"),
+        pytest.param(AdaptConfig(mode="lora", lora=LoraOptions(rank=2)), marks=needs_peft),
+    ],
+)
 def test_phase_c_changes_what_it_names_and_all_of_it_comes_back_from_disk(
     adapt: AdaptConfig, folder: Path, tmp_path: Path
 ) -> None:
