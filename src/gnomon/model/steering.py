@@ -1,7 +1,7 @@
 """What a metacognitive layer does to a base inside a thought: low-rank side adapters and a feedback gate.
 
 One object for training and serving. Positions that are not steered get back the very numbers that they had: everything
-up to and including `<think>`, end tags, answers, and sequences without a thought (decisions.md §6).
+up to and including the think tag, end tags, answers, and sequences without a thought (decisions.md §6).
 Legend: B rows, T positions, n streams, C channels, r rank, W gate vectors.
 """
 

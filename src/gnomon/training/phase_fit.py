@@ -29,7 +29,7 @@ from gnomon.training.heads_fit import head_losses, warm_cosine
 from gnomon.training.lm_objectives import LMLossWeights
 from gnomon.training.loop import fit
 from gnomon.training.objectives import LossWeights
-from gnomon.training.thoughts import Guided, Thought, collate, guided, without_thought
+from gnomon.training.thoughts import Batch, Guided, Thought, collate, guided, without_thought
 
 
 class PhaseConfig(Config):
@@ -102,11 +102,11 @@ def fit_phase(
     gauges: dict[str, float] = {}
 
     def step_loss(_: int) -> tuple[Tensor, dict[str, float]]:
-        some = torch.randint(len(thoughts), (config.batch,), generator=draw).tolist()
-        picked = [thoughts[i] for i in some]
+        picked = [thoughts[i] for i in torch.randint(len(thoughts), (config.batch,), generator=draw).tolist()]
         heads.eval()  # what steers is read as in serving
-        out = guided(lm, heads, steerer, collate(picked, pad, lm.device), noise)
-        parts = lm_losses(lm, out, picked, pad, config)
+        batch = collate(picked, pad, lm.device)
+        out = guided(lm, heads, steerer, batch, noise)
+        parts = lm_losses(lm, out, batch, picked, pad, config)
         gauges.update(telemetry(out.vectors, out.steer.seen))
         heads.train()
         at = [torch.randint(max(n, 1), (config.head_batch * (n > 0),), generator=draw) for n in rows.sizes()]
@@ -154,9 +154,10 @@ def _take(average: Ema, parameters: Sequence[nn.Parameter]) -> None:
         p.copy_(value)
 
 
-def lm_losses(lm: LM, out: Guided, thoughts: Sequence[Thought], pad: int, config: PhaseConfig) -> dict[str, Tensor]:
+def lm_losses(
+    lm: LM, out: Guided, batch: Batch, thoughts: Sequence[Thought], pad: int, config: PhaseConfig
+) -> dict[str, Tensor]:
     """The language model's losses of one pass, by name; those with weight 0 that cost a pass are left out."""
-    batch = collate(thoughts, pad, lm.device)
     logits, ids = out.logits[:, :-1], batch.ids[:, 1:]
     think, answer = batch.think[:, 1:], batch.answer[:, 1:]
     parts = {
