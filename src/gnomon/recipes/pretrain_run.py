@@ -114,11 +114,8 @@ def _to_counter(count: Callable[..., object]) -> Callable[[int], object]:
 
 
 def fingerprint(bins: Bins, tok: Tokenizer) -> str:
-    """Hash of the tokenizer, the record offsets and a spread sample of the ids."""
-    digest = hashlib.blake2b(tok.model, digest_size=16)
-    digest.update(bins.offsets.tobytes())
-    digest.update(bins.ids[:: max(1, len(bins.ids) // 65_536)].tobytes())
-    return digest.hexdigest()
+    """Hash of the tokenizer and the data."""
+    return hashlib.blake2b(tok.model + bins.fingerprint().encode(), digest_size=16).hexdigest()
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -175,7 +172,7 @@ class _Work:
         self.tok, self.bins, origin = prepare_data(data, config, progress)
         self.print = fingerprint(self.bins, self.tok)
         run.write_json("data.json", {"folder": str(data.resolve()), "fingerprint": self.print, "tokenizer": origin})
-        emit("data/ready", folder=str(data), records=len(self.bins), tokens=len(self.bins.ids), tokenizer=origin)
+        emit("data/ready", folder=str(data), records=len(self.bins), tokens=self.bins.tokens, tokenizer=origin)
         self.model = self._model()
         self.optimizers = optim.build(self.model, config.optim)
         if start.checkpoint:

@@ -59,7 +59,7 @@ def prepare(
     console.on_interrupt(f"{out} is incomplete: remove it and run the command again")
     with console.Stages() as stages:
         _, bins, origin = prepare_data(out, config, stages)
-    console.say(f"{len(bins):,} records, {len(bins.ids):,} tokens in {out}; tokenizer: {origin}")
+    console.say(f"{len(bins):,} records, {bins.tokens:,} tokens in {out}; tokenizer: {origin}")
 
 
 def inspect(folder: Path, *, n: int = 5, start: int = 0, split: str = "train") -> None:
