@@ -20,7 +20,7 @@ from gnomon.model.decoder import DecoderOutput
 from gnomon.model.foreign import HFBackbone
 from gnomon.model.llama import LlamaBackbone, unsupported
 from gnomon.training.adapt import AdaptConfig, Adapted, LoraOptions, adapt, delta, export_lora, lora_layers, unfrozen
-from gnomon.training.loop import fit
+from gnomon.training.loop import each, fit
 
 FAMILIES = ("llama", "llama tied", "gpt2", "qwen2", "qwen3", "gemma2", "neox", "ours", "ours plain")
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the lora extra")
@@ -268,7 +268,7 @@ def test_what_was_trained_is_saved_alone_and_comes_back(family: str, mode: str) 
     module = build(family)
     adapted = adapt(module, config)
     optimizer = torch.optim.AdamW(adapted.groups(1e-2))
-    report = fit(lambda _: (lm_loss(module), {}), [optimizer], 3)
+    report = fit(each(lambda _: (lm_loss(module), {})), [optimizer], 3)
     assert report["skipped"] == 0
     state = adapted.trained_state()
     assert sum(t.numel() for t in state.values()) < 0.6 * sum(p.numel() for p in build(family).parameters())
@@ -277,7 +277,7 @@ def test_what_was_trained_is_saved_alone_and_comes_back(family: str, mode: str) 
     again.load_trained(state)
     with torch.no_grad():
         assert torch.equal(logits(other), logits(module)) and gap(logits(module), logits(build(family))) > 1e-4
-    fit(lambda _: (lm_loss(module), {}), [optimizer], 1)
+    fit(each(lambda _: (lm_loss(module), {})), [optimizer], 1)
     assert all(torch.equal(again.trained_state()[n], value) for n, value in state.items())  # copies
 
 

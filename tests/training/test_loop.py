@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gnomon.training.loop import DivergedError, fit
+from gnomon.training.loop import DivergedError, each, fit
 
 
 def parameter(value: float = 1.0) -> torch.nn.Parameter:
@@ -29,7 +29,7 @@ def test_accumulation_equals_one_large_batch() -> None:
             seen.append(micro)
             return (p * parts[micro % len(parts)] - 1.0).square().mean(), {}
 
-        result = fit(loss, [torch.optim.SGD([p], lr=0.01)], 3, clip=None, accumulate=accumulate)
+        result = fit(each(loss, accumulate), [torch.optim.SGD([p], lr=0.01)], 3, clip=None)
         assert seen == list(range(3 * accumulate))
         assert result["steps"] == 3
         ends.append(float(p.detach()))
@@ -41,7 +41,7 @@ def test_schedule_scales_every_group_and_clip_bounds_the_step() -> None:
     opts = [torch.optim.SGD([p], lr=1.0), torch.optim.SGD([q], lr=0.1)]
     rates = []
     fit(
-        lambda _: ((p + q).sum() * 100.0, {}),
+        each(lambda _: ((p + q).sum() * 100.0, {})),
         opts,
         2,
         schedule=lambda done: 1.0 - done,
@@ -64,7 +64,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: str) -> None:
             return (p.sum() * math.nan if bad == "loss" else (p - p.detach()).abs().sqrt().sum()), {}
         return p.square().sum(), {}
 
-    result = fit(loss, [opt], 3, on_step=lambda *_: values.append(float(p.detach())))
+    result = fit(each(loss), [opt], 3, on_step=lambda *_: values.append(float(p.detach())))
     assert result["skipped"] == 1
     assert values[0] == values[1] != values[2]
     assert math.isfinite(values[2])
@@ -73,9 +73,9 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: str) -> None:
 def test_divergence_is_reported_and_true_stops() -> None:
     p = parameter()
     with pytest.raises(DivergedError, match="learning rate"):
-        fit(lambda _: (p.sum() * math.inf, {}), [torch.optim.SGD([p], lr=0.1)], 100)
+        fit(each(lambda _: (p.sum() * math.inf, {})), [torch.optim.SGD([p], lr=0.1)], 100)
     result = fit(
-        lambda _: (p.square().sum(), {"x": 2.0}),
+        each(lambda _: (p.square().sum(), {"x": 2.0})),
         [torch.optim.SGD([p], lr=0.1)],
         100,
         on_step=lambda step, _: step == 7,

@@ -26,7 +26,7 @@ from gnomon.tasks.mixture import Mixture
 from gnomon.tasks.procedural import REGISTRY, draw
 from gnomon.tasks.rules import with_examples
 from gnomon.training import optim
-from gnomon.training.loop import fit
+from gnomon.training.loop import each, fit
 from gnomon.training.optim import OptimConfig
 
 CHUNK = 2_000
@@ -196,7 +196,7 @@ def pretrain(
         return loss, {"tokens": float(tokens)}
 
     return fit(
-        step_loss,
+        each(step_loss),
         optimizers,
         config.steps,
         schedule=lambda f: optim.schedule(config.optim, f),
