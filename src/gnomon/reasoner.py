@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -25,6 +30,7 @@ from gnomon.decoding.slack import Rules
 from gnomon.metacognition import store
 from gnomon.metacognition.decide import Decider, combine
 from gnomon.model.backbone import Backbone, OwnBackbone
+from gnomon.model.device import resolve
 from gnomon.model.folder import CONFIG, MODEL_TYPE, load_decoder
 from gnomon.model.native import own_backbone
 from gnomon.model.overlay import FILE as OVERLAY_FILE
@@ -79,7 +85,7 @@ class Reasoner:
     def load(cls, name: str | Path, device: str = "cpu") -> Reasoner:
         """A shipped model by name ("nano"), "smollm2" once prepared, or a local folder; never the Hub.
 
-        Raises ModelError naming what is missing, UnknownNameError with the nearest name.
+        device: cpu, cuda, or auto. Raises ModelError naming what is missing, UnknownNameError with the nearest name.
         """
         folder = _folder(str(name))
         pointer = folder / BASE_FILE
@@ -97,10 +103,19 @@ class Reasoner:
         return bare.with_layer(folder)
 
     def with_layer(self, folder: Path) -> Reasoner:
-        """The same base with the metacognitive layer of `folder` (unchanged when it holds none)."""
+        """The same base with the metacognitive layer of `folder` (unchanged when it holds none).
+
+        This one keeps the base as it is: a layer that changes it acts on a copy, which shares all other weights.
+        Raises ModelError where the base carries the changes of another layer already.
+        """
         found = store.load(folder, self.base, codec_fingerprint(self.codec))
         if found is None:
             return self
+        if self.overlay is not None:
+            raise ModelError(
+                f"{self.name} carries what training changed of its base ({OVERLAY_FILE}), and the layer in {folder} "
+                "belongs to the base without it; load the base, then with_layer(folder)"
+            )
         heads, card, steerer, adaptation = found
         overlay, backbone = Overlay.load(folder), self.backbone
         if adaptation is not None and (overlay is None or overlay.fingerprint() != adaptation):
@@ -111,8 +126,7 @@ class Reasoner:
         if overlay is not None:
             from gnomon.model.load import rebuilt
 
-            overlay.apply(backbone.module)  # type: ignore[attr-defined]
-            backbone = rebuilt(backbone)
+            backbone = rebuilt(backbone, overlay.over(backbone.module))  # type: ignore[attr-defined]
         best = {**self.best_plan, **(card.best_plan if card else {})}
         return replace(self, backbone=backbone, decider=Decider(heads, card, steerer), best_plan=best, overlay=overlay)
 
@@ -122,14 +136,14 @@ class Reasoner:
             raise ModelError(f"{self.name} has no metacognitive layer to save; train one with `gnomon train metacog`")
         layer = self.decider
         changes = None if self.overlay is None else self.overlay.fingerprint()
-        store.save(folder, layer.heads, layer.card, self.base, layer.steerer, codec_fingerprint(self.codec), changes)
-        if self.overlay is not None:
-            self.overlay.save(folder)
-        else:  # of a layer that lay here before: it would change this layer's base
-            (folder / OVERLAY_FILE).unlink(missing_ok=True)
-        if not (folder / "config.json").is_file():
-            base = self.name if self.folder is None or self.name in SHIPPED else str(self.folder.resolve())
-            write_atomic(folder / BASE_FILE, json.dumps({"base": base}) + "\n")
+        tokenizer = codec_fingerprint(self.codec)
+        with _together(folder, (store.CARD_FILE, OVERLAY_FILE)) as beside:
+            store.save(beside, layer.heads, layer.card, self.base, layer.steerer, tokenizer, changes)
+            if self.overlay is not None:
+                self.overlay.save(beside)
+            if not (folder / "config.json").is_file():
+                base = self.name if self.folder is None or self.name in SHIPPED else str(self.folder.resolve())
+                write_atomic(beside / BASE_FILE, json.dumps({"base": base}) + "\n")
 
     def unpredicted(self) -> Reasoner:
         """The same model without predictions, policies and rules; gate and adapters stay (for labels)."""
@@ -241,6 +255,25 @@ class Reasoner:
         }
 
 
+@contextmanager
+def _together(folder: Path, optional: Sequence[str]) -> Iterator[Path]:
+    """A folder inside `folder` to write into; its files take their places when all of them are written.
+
+    A full disk leaves what was there. optional: files that belong to what lay here before, unless written again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".tmp-layer-", dir=folder))
+    try:
+        yield beside
+        for name in optional:
+            if not (beside / name).is_file():
+                (folder / name).unlink(missing_ok=True)
+        for path in sorted(beside.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def fingerprint(backbone: Backbone) -> str:
     """Hash of a base's parameter names, shapes and a spread sample of every parameter's values."""
     digest = hashlib.sha256()
@@ -313,7 +346,7 @@ def _own(folder: Path) -> bool:
 
 def _base(folder: Path, device: str) -> tuple[Backbone, Codec]:
     if _own(folder):
-        return own_backbone(load_decoder(folder).to(device)), OwnCodec(Tokenizer.load(folder))
+        return own_backbone(load_decoder(folder).to(resolve(device))), OwnCodec(Tokenizer.load(folder))
     from gnomon.data.foreign import TextCodec
     from gnomon.model.load import load_backbone
 

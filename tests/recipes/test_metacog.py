@@ -11,7 +11,7 @@ from tests import own
 from gnomon.base.errors import DataError
 from gnomon.base.runs import create_run
 from gnomon.reasoner import Reasoner
-from gnomon.recipes import claims, demo, metacog
+from gnomon.recipes import claims, demo, draws, metacog
 from gnomon.recipes.metacog import MetacogRunConfig, draw_labels, train
 from gnomon.training.heads_fit import HeadsConfig
 from gnomon.training.labels import LabelSet
@@ -72,8 +72,8 @@ def test_labels_are_cached_and_used_again(
     reasoner, cfg = Reasoner.load(base), config(base)
     assert len(list((made.folder / "labels").iterdir())) == 3  # train, val, calibration
     calls: list[int] = []
-    plain = metacog.label
-    monkeypatch.setattr(metacog, "label", lambda *a, **k: (calls.append(1), plain(*a, **k))[1])
+    plain = draws.label
+    monkeypatch.setattr(draws, "label", lambda *a, **k: (calls.append(1), plain(*a, **k))[1])
     found = draw_labels(reasoner, cfg, "train", cfg.label_n, cfg.samples, made.folder / "labels")
     assert calls == [] and len(found.problems) == 26
     for change in ({"stream": "other"}, {"levels": (1,)}, {"max_think": 9}):

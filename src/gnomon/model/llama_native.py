@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from gnomon.base import native
 from gnomon.base.errors import ModelError
 from gnomon.base.native import Pointer
-from gnomon.model.backbone import BackboneOutput, Logits, Taps, Tokens
 from gnomon.model.llama import check_weights, unsupported
-from gnomon.model.native import NativeSlots, NativeSteering, run_step
-from gnomon.model.steering import Steer
+from gnomon.model.native import Compiled
 
 SOURCE: Final = Path(__file__).with_name("llama.c")
 _LINEAR: Final = (
@@ -50,7 +48,7 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
-class NativeLlama:
+class NativeLlama(Compiled):
     """Same results as `HFBackbone` on the same model, which stays in `module`, untouched.
 
     weights: "float" reads the module's own weights, "int8" a rounded copy of them: build a new one after training
@@ -65,35 +63,18 @@ class NativeLlama:
         lib = library()
         if lib is None:
             raise ModelError("the compiled Llama pass needs a C compiler (gcc, cc or clang), and there is none here")
-        self._lib = lib
         self.module = model.eval()
         self.weights = weights
         config = model.config
         self.n_layers, self.hidden_size = config.num_hidden_layers, config.hidden_size
         self.vocab_size, self.context = config.vocab_size, config.max_position_embeddings
-        self._heads, self._size = config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
+        super().__init__(lib, config.num_key_value_heads, model.model.layers[0].self_attn.head_dim)
         self._kept: list[Tensor] = []  # what the structure below points to
         self._model = self._build()
-        self._steers = NativeSteering(lib, self.n_layers)
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
-
-    def new_cache(self, slots: int, capacity: int) -> NativeSlots:
-        return NativeSlots(self.n_layers, slots, self._heads, capacity, self._size)
-
-    def extend(
-        self,
-        cache: Any,
-        tokens: Tokens,
-        first: int = 0,
-        *,
-        logits: Logits = "last",
-        taps: Taps = False,
-        steer: Steer | None = None,
-    ) -> BackboneOutput:
-        return run_step(self._lib, self._model, self, cache, tokens, first, logits, taps, self._steers(steer))
 
     def _build(self) -> Any:
         model, config = self.module, self.module.config

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from gnomon.base.checkpoint import tensor_names
 from gnomon.base.errors import CheckpointError, ModelError
 from gnomon.model.backbone import OwnBackbone
+from gnomon.model.device import resolve
 from gnomon.model.foreign import HFBackbone
 from gnomon.model.gguf import SMOLLM2, convert_gguf, smollm2_folder
 from gnomon.model.llama import LlamaBackbone, check_weights, unsupported
 from gnomon.model.llama_native import NativeLlama, library
 from gnomon.model.native import own_backbone
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -95,7 +93,7 @@ def load_backbone(
     import torch
     from transformers import AutoModelForCausalLM
 
-    place = _device(device)
+    place = resolve(device)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -131,31 +129,19 @@ def serving(model: Any, weights: str = "float") -> HFBackbone | LlamaBackbone | 
     return LlamaBackbone(model) if obstacle is None else HFBackbone(model)
 
 
-def rebuilt(backbone: Any) -> Any:
-    """A backbone over the same module with its present weights: compiled passes hold copies of older ones."""
+def rebuilt(backbone: Any, module: Any = None) -> Any:
+    """A backbone over the same module with its present weights, or over another of its kind.
+
+    Compiled passes hold copies of weights as they were."""
+    module = backbone.module if module is None else module
     if isinstance(backbone, OwnBackbone):
-        return own_backbone(backbone.module)
-    return serving(backbone.module, backbone.weights if isinstance(backbone, NativeLlama) else "float")
+        return own_backbone(module)
+    return serving(module, backbone.weights if isinstance(backbone, NativeLlama) else "float")
 
 
 def _known(what: str, given: str, names: tuple[str, ...]) -> None:
     if given not in names:
         raise ModelError(f"unknown {what} {given!r}; write {', '.join(names[:-1])} or {names[-1]}")
-
-
-def _device(name: str) -> torch.device:
-    """A device that is there."""
-    import torch
-
-    try:
-        place = torch.device(name)
-        torch.zeros(1, device=place).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ModelError(
-            f'there is no device {name!r} here ({reason}); write "cpu", or "cuda" where torch has it'
-        ) from None
-    return place
 
 
 def _json(path: Path) -> dict[str, Any]:

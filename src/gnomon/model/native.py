@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -157,63 +158,64 @@ class _Steer(ctypes.Structure):
                 *((n, Pointer) for n in ("adapters", "vectors", "at"))]  # fmt: skip
 
 
+class _Adapters:
+    """One Steering's adapters as `gn_step` reads them: copies, which live as long as this object."""
+
+    def __init__(self, lib: ctypes.CDLL, layers: int, steering: Steering) -> None:
+        self._arrays = native.Arrays(lib)
+        self.rank = 0
+        found = [_Adapter() for _ in range(layers)]
+        for index, a in steering.adapters.items():
+            down, up, weight = (t.detach().float().cpu().numpy() for t in (a.down, a.up.T, a.weight))
+            self.rank = len(down)
+            found[index] = _Adapter(*map(self._arrays.plain, (down, up, weight)), float(a.bias))
+        self.rows = (_Adapter * layers)(*found)
+
+
 class NativeSteering:
-    """Steering for `gn_step`: the adapters' weights are copied when a `Steering` is seen first."""
+    """Steering for `gn_step`: the adapters' weights are copied when a `Steering` is seen first, and kept with it.
+
+    Several layers may act on one backbone, from several threads: what a call reads is never changed or freed under it.
+    """
 
     def __init__(self, lib: ctypes.CDLL, layers: int) -> None:
         self._lib, self._layers = lib, layers
-        self._held: Steering | None = None
-        self._arrays = native.Arrays(lib)
-        self._adapters: Any = None
-        self._rank = 0
+        self._made: WeakKeyDictionary[Steering, _Adapters] = WeakKeyDictionary()
 
     def __call__(self, steer: Steer | None) -> Any:
         """The argument of one call, None where no token is steered. It lives as long as what is returned."""
         if steer is None or steer.idle:
             return None
-        if steer.steering is not self._held:
-            self._copy(steer.steering)
+        adapters = self._made.get(steer.steering)
+        if adapters is None:  # two threads may both come here: each uses its own copy, one of them is kept
+            adapters = self._made[steer.steering] = _Adapters(self._lib, self._layers, steer.steering)
         vectors = steer.vectors.contiguous()
         at = native.many(ctypes.c_int32, len(steer.at))(*steer.at)
         gate = steer.steering.gate_layer
         made = _Steer(
-            -1 if gate is None else gate, self._rank, ctypes.addressof(self._adapters), vectors.data_ptr(),
+            -1 if gate is None else gate, adapters.rank, ctypes.addressof(adapters.rows), vectors.data_ptr(),
             ctypes.addressof(at),
         )  # fmt: skip
-        made.kept = vectors, at
+        made.kept = adapters, vectors, at
         return ctypes.byref(made)
 
-    def _copy(self, steering: Steering) -> None:
-        self._arrays = native.Arrays(self._lib)
-        found = [_Adapter() for _ in range(self._layers)]
-        for index, a in steering.adapters.items():
-            down, up, weight = (t.detach().float().cpu().numpy() for t in (a.down, a.up.T, a.weight))
-            self._rank = len(down)
-            found[index] = _Adapter(*map(self._arrays.plain, (down, up, weight)), float(a.bias))
-        self._adapters = (_Adapter * self._layers)(*found)
-        self._held = steering
 
+class Compiled:
+    """What the compiled backbones share: slots of their layout, and a step that is one call of `gn_step`."""
 
-class NativeBackbone(OwnBackbone):
-    """Our decoder in float32 on a CPU, through `decoder.c`. `module` stays the torch decoder with the same weights.
+    n_layers: int
+    hidden_size: int
+    vocab_size: int
+    context: int
 
-    Weights are copied when it is built: build a new one after training steps. A row's results do not depend on what
-    else is in a step. Raises ModelError where the library or this decoder's shape is not supported (see `supported`).
-    """
-
-    def __init__(self, decoder: Decoder):
-        super().__init__(decoder)
-        lib = library()
-        if lib is None or not supported(decoder):
-            raise ModelError("the compiled kernel cannot run this decoder here; use OwnBackbone")
-        self._lib = lib
-        self._arrays = native.Arrays(lib)  # what the structure below points to
-        self._model = self._build(decoder)
+    def __init__(self, lib: ctypes.CDLL, heads: int, size: int) -> None:
+        """heads: of keys and values; size: of one. The subclass builds the model's structure, `_model`."""
+        self._lib, self._heads, self._size = lib, heads, size
         self._steers = NativeSteering(lib, self.n_layers)
+        self._model: Any = None
 
     def new_cache(self, slots: int, capacity: int) -> NativeSlots:
-        c = self.module.config
-        return NativeSlots(c.layers, slots, c.heads, capacity, c.channels // c.heads)
+        return NativeSlots(self.n_layers, slots, self._heads, capacity, self._size)
 
     def extend(
         self,
@@ -226,6 +228,23 @@ class NativeBackbone(OwnBackbone):
         steer: Steer | None = None,
     ) -> BackboneOutput:
         return run_step(self._lib, self._model, self, cache, tokens, first, logits, taps, self._steers(steer))
+
+
+class NativeBackbone(Compiled, OwnBackbone):
+    """Our decoder in float32 on a CPU, through `decoder.c`. `module` stays the torch decoder with the same weights.
+
+    Weights are copied when it is built: build a new one after training steps. A row's results do not depend on what
+    else is in a step. Raises ModelError where the library or this decoder's shape is not supported (see `supported`).
+    """
+
+    def __init__(self, decoder: Decoder):
+        OwnBackbone.__init__(self, decoder)
+        lib, c = library(), decoder.config
+        if lib is None or not supported(decoder):
+            raise ModelError("the compiled kernel cannot run this decoder here; use OwnBackbone")
+        Compiled.__init__(self, lib, c.heads, c.channels // c.heads)
+        self._arrays = native.Arrays(lib)  # what the structure below points to
+        self._model = self._build(decoder)
 
     def _build(self, decoder: Decoder) -> Any:
         c = decoder.config

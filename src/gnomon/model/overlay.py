@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,14 @@ class Overlay:
             changed[target] = own[target].float() + value if layer != name else value
         for name, value in changed.items():
             own[name].copy_(value)
+
+    def over(self, module: nn.Module) -> Any:
+        """A copy of a base with it, which shares every weight that it does not change. Raises as `apply`."""
+        targets = self.targets
+        held = [p for name, p in module.named_parameters() if name not in targets]
+        changed = copy.deepcopy(module, {id(x): x for x in (*held, *module.buffers())})
+        self.apply(changed)
+        return changed
 
     def _delta(self, layer: str, module: nn.Module) -> Tensor:
         """lora_scale · B · A in the shape of the layer's weight."""

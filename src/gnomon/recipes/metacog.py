@@ -29,15 +29,15 @@ from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.policy import GRID
 from gnomon.metacognition.steerer import SteerConfig
 from gnomon.reasoner import Reasoner, is_own
-from gnomon.recipes import phases
+from gnomon.recipes import draws, phases
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
 from gnomon.training.adapt import AdaptConfig
 from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy
-from gnomon.training.labels import LabelSet, cache_folder
+from gnomon.training.labels import LabelSet
 from gnomon.training.phase_fit import PhaseConfig
 from gnomon.training.policy_rates import policy_rates
-from gnomon.training.rollout import label, problem_id
+from gnomon.training.rollout import problem_id
 
 
 class MetacogRunConfig(Config):
@@ -56,6 +56,7 @@ class MetacogRunConfig(Config):
     stream: str = "metacog"
     seed: int = 0
     max_batch: int = Field(default=64, ge=1)
+    device: str = Field(default="cpu", description="where base and training compute: cpu, cuda, or auto")
     with_sweep: bool = True
     plan_tolerance: float = Field(
         default=0.004, ge=0, lt=1, description="accuracy that the choice of plans may give up for cheaper ones"
@@ -101,24 +102,15 @@ def draw_labels(base: Reasoner, config: MetacogRunConfig, split: str, n: int, sa
     """Labels of `n` problems of a split, from the cache when the same labels were made before."""
     strategies = config.strategies or base.codec.strategies
     facts = {
-        "base": base.base, "tasks": config.tasks, "split": split, "n": n, "samples": samples, "levels": config.levels,
-        "stream": config.stream, "cap": config.max_think, "strategies": strategies, "version": 2,
+        **draws.acting(base), "tasks": config.tasks, "split": split, "n": n, "samples": samples,
+        "levels": config.levels, "stream": config.stream, "cap": config.max_think, "strategies": strategies,
+        "version": 2,
     }  # fmt: skip
-    steerer = None if base.decider is None else base.decider.steerer
-    if steerer is not None:
-        facts["layer"] = store.fingerprint(base.decider.heads, steerer)  # type: ignore[union-attr]
-    folder = cache_folder(cache, facts)
-    if (folder / "labels.json").is_file():
-        return LabelSet.load(folder)
-    items = problems(config.tasks, split, config.stream, n, config.levels)
-    total = n * len(strategies) * (1 + samples)
-    with Progress(f"rollouts ({split})", total) as bar:
-        found = label(
-            base, items, strategies=strategies, samples=samples, cap=config.max_think, max_batch=config.max_batch,
-            seed=f"labels/{config.stream}/{split}", on_done=bar.advance, meta=facts,
-        )  # fmt: skip
-    found.save(folder)
-    return found
+    return draws.labelled(
+        base, lambda: problems(config.tasks, split, config.stream, n, config.levels), f"rollouts ({split})",
+        strategies=strategies, samples=samples, cap=config.max_think, max_batch=config.max_batch,
+        seed=f"labels/{config.stream}/{split}", n=n, facts=facts, cache=cache,
+    )  # fmt: skip
 
 
 def calibrate(
@@ -163,11 +155,10 @@ def recalibrate(reasoner: Reasoner, config: MetacogRunConfig) -> tuple[Card, dic
     heads, old = reasoner.decider.heads, reasoner.decider.card
     items = problems(config.tasks, "calibration", config.stream, config.calibration_n, config.levels)
     names = config.strategies or heads.config.plans  # a layer may know fewer than its base can write
-    with Progress("rollouts (calibration)", len(items) * len(names)) as bar:
-        labels = label(
-            reasoner, items, strategies=names, samples=0, cap=config.max_think, max_batch=config.max_batch,
-            seed=f"labels/{config.stream}/calibration", on_done=bar.advance,
-        )  # fmt: skip
+    labels = draws.labelled(
+        reasoner, lambda: items, "rollouts (calibration)", strategies=names, samples=0, cap=config.max_think,
+        max_batch=config.max_batch, seed=f"labels/{config.stream}/calibration", n=len(items),
+    )  # fmt: skip
     order = old.cost_order if old is not None else labels.cost_order()
     return calibrate(reasoner, heads, labels, items, order, config, dict(reasoner.best_plan))
 
@@ -202,7 +193,7 @@ def train(
     rates = _policy_rates(base, labels, config) if config.policy_samples else None
     with Progress("fit heads", config.heads.steps) as bar:
         heads, report = fit_heads(
-            labels, config.heads, config.seed, policy_rates=rates,
+            labels, config.heads, config.seed, policy_rates=rates, device=config.device,
             on_step=lambda step, row: _tick(bar, step, row, on_step),
         )  # fmt: skip
     reasoner = replace(base, decider=Decider(heads))
@@ -212,7 +203,7 @@ def train(
         reasoner = phases.with_steerer(reasoner, config.steer, config.seed)
         draw = phases.Draw(
             config.tasks, config.levels, f"{config.stream}/phases", config.strategies, config.max_think,
-            config.max_batch, config.seed,
+            config.max_batch, config.seed, cache,
         )  # fmt: skip
         for letter, phase in zip(config.phases[1:], (config.b, config.c), strict=False):
             reasoner = phases.run_phase(reasoner, phase, draw, letter, config.heads.weights, on_phase)
@@ -273,7 +264,7 @@ class Outcome:
 def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
     """The whole path into a run folder: model/, results.json, report.html. Test problems come from their own stream."""
     began = time.monotonic()
-    base = Reasoner.load(config.base)
+    base = Reasoner.load(config.base, config.device)
     folder.status("training heads")
     told: list[dict[str, Any]] = []
     trained = train(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from gnomon.model.lm import LM
 from gnomon.model.load import rebuilt
 from gnomon.model.overlay import Overlay
 from gnomon.reasoner import Reasoner
+from gnomon.recipes import draws
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
 from gnomon.training.adapt import Adapted, adapt
@@ -29,13 +31,16 @@ from gnomon.training.head_rows import whole
 from gnomon.training.labels import LabelSet
 from gnomon.training.objectives import LossWeights
 from gnomon.training.phase_fit import PhaseConfig, fit_phase
-from gnomon.training.rollout import TEMPERATURE, label
-from gnomon.training.thoughts import collate, guided, thought_of
+from gnomon.training.rollout import TEMPERATURE
+from gnomon.training.thoughts import beside, collate, guided, thought_of
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Where problems come from: tasks, levels and the name of the run's train stream."""
+    """Where problems come from: tasks, levels and the name of the run's train stream.
+
+    cache: folder where rollouts and labels are kept by hash, None = nowhere.
+    """
 
     tasks: str
     levels: tuple[int, ...]
@@ -44,6 +49,7 @@ class Draw:
     cap: int | None
     max_batch: int
     seed: int
+    cache: Path | None = None
 
 
 def run_phase(
@@ -68,15 +74,10 @@ def run_phase(
     try:
         for number in range(config.rounds):
             name = f"{draw.stream}/{letter}{number}"
-            found = collect(reasoner, config, draw, name)
-            facts = think_report(found)
+            lessons = learnable(reasoner, config, draw, name)
             labels = refreshed(reasoner, config, draw, name)
-            rows = whole(labels)
-            plans, layout = reasoner.decider.plans, reasoner.codec.layout
-            right = shortest_right(found)
-            if config.weights.forced_close > 0:
-                right += [a for group in found for a in group if a.correct and a.trace.stop == "hard"]
-            thoughts = [thought_of(a.trace, layout, plans) for a in right]
+            rows = whole(labels, str(reasoner.backbone.device))
+            thoughts = [*lessons.thoughts, *(lessons.cut if config.weights.forced_close > 0 else ())]
             with Progress(f"phase {letter}, round {number + 1}", config.steps) as bar:
                 told = fit_phase(
                     LM(module), heads, steerer, adapted, thoughts, rows, config, head_weights,
@@ -84,7 +85,7 @@ def run_phase(
                     on_step=lambda step, row, bar=bar: _tick(bar, step, row, report),  # type: ignore[misc]
                 )  # fmt: skip
             reasoner = _served(reasoner, adapted, steerer)
-            made = {"phase": letter, "round": number, "thoughts": len(thoughts), **facts}
+            made = {"phase": letter, "round": number, "thoughts": len(thoughts), **lessons.report}
             report({**made, "fit": told, "labels": labels.summary()})
     finally:
         adapted.restore()
@@ -124,6 +125,26 @@ def collect(reasoner: Reasoner, config: PhaseConfig, draw: Draw, name: str) -> l
     return [[a for group in found[i : i + each] for a in group] for i in range(0, len(found), each)]
 
 
+def learnable(reasoner: Reasoner, config: PhaseConfig, draw: Draw, name: str) -> draws.Lessons:
+    """The thoughts of one round to learn from, from the cache when this model has made them before."""
+    decider, layout = reasoner.decider, reasoner.codec.layout
+    assert decider is not None, "phases follow the heads"
+
+    def made() -> draws.Lessons:
+        found = collect(reasoner, config, draw, name)
+        cut = [a for group in found for a in group if a.correct and a.trace.stop == "hard"]
+        right, late = (
+            [thought_of(a.trace, layout, decider.plans) for a in part] for part in (shortest_right(found), cut)
+        )
+        return draws.Lessons(tuple(right), tuple(late), think_report(found))
+
+    facts = {
+        **draws.predicting(reasoner), "rollouts": name, "tasks": draw.tasks, "levels": draw.levels, "cap": draw.cap,
+        "n": config.problems, "samples": config.samples, "capped": config.capped, "version": 1,
+    }  # fmt: skip
+    return draws.lessons(made, facts, draw.cache)
+
+
 def shortest_right(found: Sequence[Sequence[Attempt]]) -> list[Attempt]:
     """Of every problem that was solved, the right rollout with the fewest think tokens that closed by itself."""
     right = [[a for a in group if a.correct and a.trace.closed_naturally] for group in found]
@@ -132,13 +153,17 @@ def shortest_right(found: Sequence[Sequence[Attempt]]) -> list[Attempt]:
 
 def refreshed(reasoner: Reasoner, config: PhaseConfig, draw: Draw, name: str) -> LabelSet:
     """Labels of all strategies by the model as it now is, on problems of this round's own."""
-    items = problems(draw.tasks, "train", f"{name}/labels", config.label_n, draw.levels)
     names = draw.strategies or reasoner.codec.strategies
-    with Progress(f"labels ({name.rpartition('/')[2]})", len(items) * len(names) * (1 + config.samples)) as bar:
-        return label(
-            reasoner, items, strategies=names, samples=config.samples, cap=draw.cap, max_batch=draw.max_batch,
-            seed=f"{name}/labels", on_done=bar.advance,
-        )  # fmt: skip
+    stream = f"{name}/labels"
+    facts = {
+        **draws.acting(reasoner), "stream": stream, "tasks": draw.tasks, "levels": draw.levels, "n": config.label_n,
+        "samples": config.samples, "cap": draw.cap, "strategies": names, "version": 2,
+    }  # fmt: skip
+    return draws.labelled(
+        reasoner, lambda: problems(draw.tasks, "train", stream, config.label_n, draw.levels),
+        f"labels ({name.rpartition('/')[2]})", strategies=names, samples=config.samples, cap=draw.cap,
+        max_batch=draw.max_batch, seed=stream, n=config.label_n, facts=facts, cache=draw.cache,
+    )  # fmt: skip
 
 
 def think_report(found: Sequence[Sequence[Attempt]]) -> dict[str, Any]:
@@ -179,11 +204,9 @@ def heat_map(reasoner: Reasoner, problem: Problem) -> dict[str, Any]:
     thought = thought_of(trace, reasoner.codec.layout, decider.plans)
     if not any(thought.inside):
         return {}
-    with torch.no_grad():
-        out = guided(
-            LM(reasoner.backbone.module), decider.heads, decider.steerer,  # type: ignore[attr-defined]
-            collate([thought], reasoner.codec.layout.pad),
-        )  # fmt: skip
+    lm = LM(reasoner.backbone.module)  # type: ignore[attr-defined]
+    with torch.no_grad(), beside(lm, decider.heads, decider.steerer):
+        out = guided(lm, decider.heads, decider.steerer, collate([thought], reasoner.codec.layout.pad, lm.device))
     seen, codec = out.steer.seen, reasoner.codec
     inside = [token for token, acts in zip(thought.ids, thought.inside, strict=True) if acts]
     return {

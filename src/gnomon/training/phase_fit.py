@@ -27,9 +27,9 @@ from gnomon.training.ema import Ema
 from gnomon.training.head_rows import HeadRows
 from gnomon.training.heads_fit import head_losses, warm_cosine
 from gnomon.training.lm_objectives import LMLossWeights
-from gnomon.training.loop import fit
+from gnomon.training.loop import each, fit
 from gnomon.training.objectives import LossWeights
-from gnomon.training.thoughts import Batch, Guided, Thought, collate, guided, without_thought
+from gnomon.training.thoughts import Batch, Guided, Thought, beside, collate, guided, without_thought
 
 
 class PhaseConfig(Config):
@@ -90,13 +90,32 @@ def fit_phase(
     name: str,
     on_step: Callable[[int, dict[str, Any]], bool | None] | None = None,
 ) -> dict[str, Any]:
-    """One round of steps, in place. rows: labelled states of the model as it is; name: of the random stream.
+    """One round of steps, in place. rows: labelled states of the model as it is, on its device; name: of the random
+    stream.
 
     Every row of `on_step` has all losses by name and the gauges of gate and adapters. Returns the loop's report.
     Raises DataError without thoughts.
     """
     if not thoughts:
         raise DataError("no rollout of this round was right, so there is nothing to learn from; draw more problems")
+    with beside(lm, heads, steerer):
+        return _fit(lm, heads, steerer, adapted, thoughts, rows, config, head_weights, pad, name, on_step)
+
+
+def _fit(
+    lm: LM,
+    heads: MetacogHeads,
+    steerer: Steerer,
+    adapted: Adapted,
+    thoughts: Sequence[Thought],
+    rows: HeadRows,
+    config: PhaseConfig,
+    head_weights: LossWeights,
+    pad: int,
+    name: str,
+    on_step: Callable[[int, dict[str, Any]], bool | None] | None,
+) -> dict[str, Any]:
+    """`fit_phase` with everything in one place."""
     average = _average(config, steerer, heads, lm.module)
     draw, noise = torch_generator("phase-rows", name), torch_generator("phase-gates", name)
     gauges: dict[str, float] = {}
@@ -126,7 +145,7 @@ def fit_phase(
     steerer.train()
     adapted.learning(True)
     result = fit(
-        step_loss, [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)], config.steps,
+        each(step_loss), [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)], config.steps,
         schedule=warm_cosine(0.05), clip=1.0,
         on_step=watch,
     )  # fmt: skip

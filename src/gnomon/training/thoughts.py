@@ -8,12 +8,13 @@ Legend: B rows, T positions, L blocks, C channels, P proj_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gnomon.metacognition.config import THINK_SITE
 from gnomon.metacognition.heads import MetacogHeads, MetacogOutput
@@ -115,8 +116,21 @@ class Guided:
     steer: Steer
 
 
+@contextmanager
+def beside(lm: LM, *parts: nn.Module) -> Iterator[None]:
+    """For a while, heads and steerer where the base computes; they decide on the CPU."""
+    try:
+        for part in parts:
+            part.to(lm.device)
+        yield
+    finally:
+        for part in parts:
+            part.to("cpu")
+
+
 def guided(lm: LM, heads: MetacogHeads, steerer: Steerer, batch: Batch, noise: torch.Generator | None = None) -> Guided:
-    """Both passes. noise: draws the adapters' gates (training), None = as in serving.
+    """Both passes; heads and steerer lie `beside` the base. noise: draws the adapters' gates (training), None = as in
+    serving.
 
     Gradients of what is made of `logits` reach gate, adapters, unfrozen parts of the base and, through g, trunk and
     aggregator; those of `read` never reach the base.

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from gnomon.base.errors import DataError
 from gnomon.interfaces import console, options
 
 Flag = Parameter(negative=())
@@ -103,9 +109,27 @@ def _new_run(name: str, config: Any, root: Path) -> Path:
     return opened.folder
 
 
+_METACOG_FLAGS = ("base", "device", "run", "config", "runs", "dry-run", "json")
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does. Nothing waits for a step: files are written whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former if former is not None else signal.SIG_DFL)
+
+
 def metacog(
     *overrides: Annotated[str, Rest],
     base: str | None = None,
+    device: str | None = None,
     run: Path | None = None,
     config: Path | None = None,
     runs: Path = Path("runs"),
@@ -118,6 +142,7 @@ def metacog(
 
     Args:
         base: A shipped model, smollm2, or a local model folder; by default what --config says, else nano.
+        device: auto, cpu or cuda: where base and training compute; by default what --config says, else cpu.
         run: Run folder; one that was stopped goes on with the rollouts that it has finished.
         config: A YAML or TOML file with fields.
         runs: Where a new run folder is made; RUN/model is then a model that every verb takes.
@@ -127,13 +152,16 @@ def metacog(
     from gnomon.base import config as configs
     from gnomon.recipes.metacog import MetacogRunConfig, defaults_for
 
-    given = options.overrides(MetacogRunConfig, overrides, ("base", "run", "config", "runs", "dry-run", "json"))
-    if base is not None:
-        given["base"] = base
+    given = options.overrides(MetacogRunConfig, overrides, _METACOG_FLAGS)
+    given |= {name: value for name, value in (("base", base), ("device", device)) if value is not None}
     written = configs.read_file(config) if config is not None else {}
     name = str(given.get("base") or written.get("base") or "nano")
     settled, origins = configs.resolve(MetacogRunConfig, config, given, defaults_for(name))
     options.check_draw(settled.tasks, "train", settled.label_n, settled.levels)
+    if settled.device != "cpu":
+        from gnomon.model.device import resolve
+
+        settled = settled.model_copy(update={"device": str(resolve(settled.device))})
     if dry_run:
         if json:
             console.emit_json(configs.dump(settled))
@@ -149,10 +177,21 @@ def metacog(
     else:
         (run / "metrics.jsonl").unlink(missing_ok=True)  # the heads are fitted from their first step again
         opened = open_run(run, settled, origins=origins, seed=settled.seed)
-    console.on_interrupt(f"finished rollouts are kept; go on with the same command and --run {opened.folder}")
-    with opened:
-        outcome = run_metacog(settled, opened)
-        page = claims.write(outcome, settled, opened.folder, f"gnomon: {settled.base}")
+    go_on = f"finished rollouts are kept; go on with the same command and --run {opened.folder}"
+    try:
+        with _terminable(), opened:
+            outcome = run_metacog(settled, opened)
+            page = claims.write(outcome, settled, opened.folder, f"gnomon: {settled.base}")
+    except KeyboardInterrupt:
+        console.say(f"\nstopped: {go_on}")
+        if json:
+            console.emit_json({"run": str(opened.folder), "stopped": True})
+        return
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        where = error.filename or opened.folder
+        raise DataError(f"cannot write to {str(where)!r}: {error.strerror}; make room, then: {go_on}") from None
     if json:
         console.emit_json({"run": str(opened.folder), "summary": outcome.summary, "seconds": outcome.seconds})
         return
