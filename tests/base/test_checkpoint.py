@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gnomon.base import checkpoint as ck
-from gnomon.base import seeds
+from gnomon.base import folders, seeds
 from gnomon.base.errors import CheckpointError
-
-OUTSIDE = '{"files": [{"name": "../x", "size": 1, "sha256": ""}]}'
 
 
 def save(root: Path, step: int) -> Path:
@@ -60,6 +60,13 @@ def test_failure_while_writing_publishes_nothing(tmp_path: Path) -> None:
     assert ck.newest(tmp_path).step == 1
 
 
+def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the manifest and put its checksum right again, as somebody would who wants us to read elsewhere."""
+    body = json.loads((folder / "MANIFEST.json").read_text())
+    change(body)
+    (folder / "MANIFEST.json").write_text(json.dumps({**body, "sum": folders._sum(body)}))
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -74,7 +81,8 @@ def flip(path: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "lacks config.json"),
         (lambda f: os.truncate(f / "model.safetensors", 50), "50 of"),
         (lambda f: flip(f / "model.safetensors"), "checksum"),
-        (lambda f: (f / "MANIFEST.json").write_text(OUTSIDE), "leaves"),
+        (lambda f: forge(f, lambda body: body["files"][0].update(name="../x")), "leaves"),
+        (lambda f: forge(f, lambda body: body.update(version=7)), "version 7"),
     ],
 )
 def test_damaged_newest_is_skipped_and_named(tmp_path: Path, damage: object, told: str) -> None:

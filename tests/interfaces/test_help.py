@@ -8,7 +8,7 @@ from gnomon.interfaces import cli
 
 VERBS = [
     "demo", "ask", "chat", "train pretrain", "train metacog", "data prepare", "data inspect", "tokenizer train",
-    "calibrate", "evaluate", "sweep", "validate", "report", "runs", "check budget", "check backbone",
+    "calibrate", "evaluate", "sweep", "validate", "report", "runs", "control", "check budget", "check backbone",
 ]  # fmt: skip
 
 

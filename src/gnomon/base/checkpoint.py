@@ -2,32 +2,62 @@
 
 A checkpoint folder appears by one rename, after every file in it is on the disk and `MANIFEST.json` (name, size,
 SHA-256 of each) was written last. Nothing is ever unpickled. `latest` is a file with a name: a hint, not the truth.
+`folders.py` reads and checks such folders, `disk.py` keeps room for them; both are offered here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import errno
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
-from gnomon.base.atomic import fsync_path, write_atomic
-from gnomon.base.errors import CheckpointError
+from gnomon.base.atomic import TEMP, beside, disk_error, exchange, fsync_path, remove, replacing, write_atomic
+from gnomon.base.disk import (
+    LEAST,
+    OLD,
+    Ballast,
+    Swept,
+    alive,
+    preflight,
+    prune,
+    remove_orphans,
+    sweep,
+)  # fmt: skip
+from gnomon.base.errors import CheckpointError, DiskFullError
+from gnomon.base.folders import (
+    LATEST,
+    MANIFEST,
+    Found,
+    by_age,
+    newest,
+    read_manifest,
+    safe_name,
+    size_of,
+    steps,
+    verify_folder,
+    write_manifest,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import torch
 
-MANIFEST: Final = "MANIFEST.json"
-LATEST: Final = "latest"
-_STEP = re.compile(r"checkpoint-([0-9]{1,12})")
-_TEMP = re.compile(r"\.tmp-checkpoint-[0-9]+-([0-9]+)-[0-9a-f]+")
+__all__ = [
+    "LATEST", "MANIFEST", "Ballast", "Found", "Swept", "alive", "check_tensors", "load_tensors", "newest", "preflight",
+    "prune", "publish", "read_manifest", "save_tensors", "size_of", "steps", "store", "sweep", "tensor_names",
+    "verify_folder", "write_manifest",
+]  # fmt: skip
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "C64": "complex64", "U64": "uint64", "U32": "uint32", "U16": "uint16",
+}  # fmt: skip
+_OS_ERROR = re.compile(r"os error ([0-9]+)")
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -41,7 +71,8 @@ def save_tensors(
     Tied tensors are stored once per name. Raises CheckpointError for NaN or infinite floats, naming the tensors.
     """
     import torch
-    from safetensors.torch import save
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
     if bad:
@@ -49,10 +80,36 @@ def save_tensors(
             f"refusing to save {name}: NaN or infinite values in {len(bad)} of {len(tensors)} tensors "
             f"({', '.join(bad[:5])}); the last good checkpoint is untouched"
         )
-    plain = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
-    path = folder / _safe_name(name)
-    write_atomic(path, save(plain, metadata={"format": "pt", **(metadata or {})}))
+    path = folder / safe_name(name)
+    try:
+        with replacing(path) as temp:
+            handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            mode = stat.S_IMODE(os.fstat(handle).st_mode)  # what the umask leaves; safetensors makes its files private
+            os.close(handle)
+            try:
+                save_file(_plain(tensors), str(temp), metadata={"format": "pt", **(metadata or {})})
+            except SafetensorError as error:
+                code = _OS_ERROR.search(str(error))
+                if code is None:
+                    raise CheckpointError(f"{name} cannot be saved: {error}") from error
+                raise OSError(int(code.group(1)), os.strerror(int(code.group(1))), str(path)) from error
+            os.chmod(temp, mode)
+    except OSError as error:
+        raise disk_error(error, f"cannot save {name}") from error
     return path
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, each alone and whole in its memory; only those that are not so already are copied."""
+    plain, seen = {}, set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu").contiguous()
+        place = value.untyped_storage().data_ptr()
+        if place in seen:
+            value = value.clone()
+        seen.add(place)
+        plain[name] = value
+    return plain
 
 
 def load_tensors(folder: Path, name: str, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -61,7 +118,7 @@ def load_tensors(folder: Path, name: str, device: str = "cpu") -> dict[str, torc
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / _safe_name(name)
+    path = folder / safe_name(name)
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.glob("*"))[:12]) if folder.is_dir() else "no such folder"
         raise CheckpointError(f"{name} is missing in {str(folder)!r} (there: {there or 'nothing'})")
@@ -79,182 +136,153 @@ def load_tensors(folder: Path, name: str, device: str = "cpu") -> dict[str, torc
 
 def tensor_names(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, read from the header alone. Raises CheckpointError as `load_tensors`."""
+    return {key: shape for key, (shape, _) in _header(folder, name).items()}
+
+
+def _header(folder: Path, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Tensor name -> shape and dtype as safetensors spells it."""
     from safetensors import SafetensorError, safe_open
 
-    path = folder / _safe_name(name)
+    path = folder / safe_name(name)
     if not path.is_file():
         raise CheckpointError(f"{name} is missing in {str(folder)!r}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            return {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {error}") from None
 
 
-def _safe_name(name: str) -> str:
-    parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts:
-        raise CheckpointError(f"file name {name!r} leaves its folder; give a plain name inside it")
-    return name
+def check_tensors(folder: Path, name: str, expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare the header of folder/name with `expected`, tensors or anything with `shape` and `dtype`.
 
-
-# --- manifest --------------------------------------------------------------------------------------------------------
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_manifest(folder: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """Fsync every file of `folder`, then write MANIFEST.json over them."""
-    rows = []
-    for path in _files(folder):
-        fsync_path(path)
-        name = path.relative_to(folder).as_posix()
-        rows.append({"name": name, "size": path.stat().st_size, "sha256": _digest(path)})
-    for sub in sorted(p for p in folder.rglob("*") if p.is_dir()):
-        fsync_path(sub)
-    body = {"version": 1, **(extra or {}), "files": rows}
-    write_atomic(folder / MANIFEST, json.dumps(body, indent=1) + "\n")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """MANIFEST.json of a folder. Raises CheckpointError when it is missing or no manifest."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{folder.name} has no {MANIFEST}: it was not finished")
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        good = all(
-            isinstance(row["name"], str) and isinstance(row["size"], int) and isinstance(row["sha256"], str)
-            for row in body["files"]
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        good = False
-    if not good:
-        raise CheckpointError(f"{folder.name}/{MANIFEST} is damaged")
-    return dict(body)
-
-
-def verify_folder(folder: Path, checksums: bool = True) -> None:
-    """Raise CheckpointError, naming the file, unless every file of the manifest is there, whole and unchanged."""
-    for row in read_manifest(folder)["files"]:
-        path = folder / _safe_name(row["name"])
-        if not path.is_file():
-            raise CheckpointError(f"{folder.name} lacks {row['name']}")
-        if path.stat().st_size != row["size"]:
-            raise CheckpointError(f"{folder.name}/{row['name']} has {path.stat().st_size} of {row['size']} bytes")
-        if checksums and _digest(path) != row["sha256"]:
-            raise CheckpointError(f"{folder.name}/{row['name']} was changed: its checksum differs")
+    Raises CheckpointError naming the tensors that are missing, too many, or of another shape or dtype.
+    """
+    found = _header(folder, name)
+    told = [f"{key} is missing" for key in expected if key not in found]
+    told += [f"{key} is not of this model" for key in found if key not in expected]
+    for key, want in expected.items():
+        shape, code = found.get(key, (tuple(want.shape), ""))
+        there, mine = _DTYPES.get(code, code), str(want.dtype).removeprefix("torch.")
+        if shape != tuple(want.shape) or (code and there != mine):
+            told.append(f"{key} is {shape} {there}, this model has {tuple(want.shape)} {mine}")
+    if told:
+        more = f" and {len(told) - 5} more" if len(told) > 5 else ""
+        raise CheckpointError(f"{folder.name}/{name} does not fit: {'; '.join(told[:5])}{more}")
 
 
 # --- checkpoints of a run --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Found:
-    """A good checkpoint, its step, and the newer ones that were skipped with the reason of each."""
-
-    path: Path
-    step: int
-    skipped: tuple[tuple[str, str], ...] = ()
 
 
 @contextlib.contextmanager
 def publish(root: Path, step: int) -> Iterator[Path]:
     """`with publish(run / "checkpoints", 500) as folder:` write files into `folder`; it appears when the block ends.
 
-    After an error nothing is published and the temporary folder is removed. Orphans of dead processes are removed.
+    After an error nothing is published and the temporary folder is removed; a failing disk is named (DiskFullError
+    when it is full). A checkpoint of the same step is replaced in one step and stays when it is the newest and has the
+    same content. Orphans of dead processes are removed.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(root)
-    temp = root / f".tmp-checkpoint-{step}-{os.getpid()}-{secrets.token_hex(4)}"
-    temp.mkdir()
+    if not 0 <= step < 10**12:
+        raise CheckpointError(f"step = {step}; a checkpoint has a step from 0 to 999999999999")
+    final = root / f"checkpoint-{step}"
+    temp = beside(final, TEMP)
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        remove_orphans(root)
+        temp.mkdir()
         yield temp
-        write_manifest(temp, {"step": step})
-        final = root / f"checkpoint-{step}"
-        if final.exists():  # a resumed run reached the same step again
-            old = root / f".tmp-checkpoint-{step}-{os.getpid()}-{secrets.token_hex(4)}"
-            os.rename(final, old)
-            os.rename(temp, final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temp, final)
-    except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
-        raise
-    fsync_path(root)
-    write_atomic(root / LATEST, final.name + "\n")
+        before = by_age(root)
+        serial = 1 + max((serial for _, serial in before), default=0)
+        write_manifest(temp, {"step": step, "serial": serial})
+        if not (before and before[0][0] == step and _same(temp, final)):
+            _place(temp, final)
+        fsync_path(root)
+        write_atomic(root / LATEST, final.name + "\n")
+    except OSError as error:
+        raise disk_error(error, f"{final.name} cannot be saved in {str(root)!r}") from error
+    finally:
+        remove(temp)
 
 
-def _remove_orphans(root: Path) -> None:
-    for path in root.glob(".tmp-checkpoint-*"):
-        match = _TEMP.fullmatch(path.name)
-        if match and not alive(int(match.group(1))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process with this number exists on this machine."""
-    if pid <= 0:
-        return False
+def _same(temp: Path, final: Path) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        verify_folder(final)
+        return bool(read_manifest(final)["files"] == read_manifest(temp)["files"])
+    except CheckpointError:
         return False
-    except OSError:
-        return True
-    return True
 
 
-def steps(root: Path) -> list[int]:
-    """Steps that have a folder, in order, complete or not."""
-    found = [_STEP.fullmatch(p.name) for p in root.glob("checkpoint-*") if p.is_dir()]
-    return sorted(int(m.group(1)) for m in found if m)
+def _place(temp: Path, final: Path) -> None:
+    """Rename `temp` to `final`; what stood there has the name of `temp` afterwards, or is gone."""
+    if final.is_symlink() or (final.exists() and not final.is_dir()):  # not ours: kept, under another name
+        os.rename(final, beside(final.with_name(f"foreign-{final.name}"), ""))
+    try:
+        os.rename(temp, final)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if exchange(temp, final):
+        return
+    old = beside(final, OLD)
+    os.rename(final, old)
+    try:
+        os.rename(temp, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
+    fsync_path(final.parent)
+    remove(old)
 
 
-def newest(root: Path, checksums: bool = True) -> Found:
-    """The newest checkpoint that verifies; what was skipped on the way is named in it.
+def store(
+    root: Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    protect: Iterable[int | str | Path] = (),
+    ballast: Ballast | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Path:
+    """`publish` what `write(folder)` writes, and fight for it on a full disk; returns the checkpoint folder.
 
-    Raises CheckpointError when there is none, with the reason of each.
+    First 1.2 times the last size must be free. On a full disk all but the two newest checkpoints (and `protect`) go,
+    then one more try; if that fails too, the ballast is freed for a last one. After a save that needed the ballast, or
+    failed, DiskFullError is raised (`saved` names the newest checkpoint): training must stop. tell: takes one line
+    about each of these measures.
     """
-    skipped: list[tuple[str, str]] = []
-    for step in reversed(steps(root)):
-        path = root / f"checkpoint-{step}"
+    protect, say = tuple(protect), tell or (lambda _: None)
+
+    def attempt(checked: bool) -> Path:
+        if checked:
+            preflight(root)
+        with publish(root, step) as folder:
+            write(folder)
+        return root / f"checkpoint-{step}"
+
+    try:
+        return attempt(True)
+    except DiskFullError as error:
+        say(f"checkpoint-{step}: {error}")
+    try:
+        gone = prune(root, LEAST, protect=protect)
+        say(f"checkpoint-{step}: removed {', '.join(gone) or 'nothing'}, one more try")
+        return attempt(True)
+    except DiskFullError as error:
+        full = str(error)
+    if ballast is not None and ballast.free():
+        say(f"checkpoint-{step}: freed the reserve for a last save")
         try:
-            verify_folder(path, checksums)
-            return Found(path, step, tuple(skipped))
-        except CheckpointError as error:
-            skipped.append((path.name, str(error)))
-    why = "; ".join(reason for _, reason in skipped) or "there is no checkpoint-<step> folder"
-    raise CheckpointError(f"no usable checkpoint in {str(root)!r}: {why}")
+            attempt(False)
+            full = f"the disk is full; checkpoint-{step} was saved in the space that was held for it"
+        except DiskFullError as error:
+            full = str(error)
+    raise DiskFullError(full, _last(root))
 
 
-def prune(root: Path, keep: int) -> list[str]:
-    """Remove the oldest checkpoints until `keep` good ones are left; returns the removed names.
-
-    Raises CheckpointError for keep < 2: the last one may be the one that a crash is tearing.
-    """
-    if keep < 2:
-        raise CheckpointError(f"keep = {keep}; keep at least 2 checkpoints, so that one is always good")
-    good = []
-    for step in reversed(steps(root)):
-        with contextlib.suppress(CheckpointError):
-            verify_folder(root / f"checkpoint-{step}", checksums=False)
-            good.append(step)
-    removed = []
-    for step in good[keep:]:
-        name = f"checkpoint-{step}"
-        (root / name / MANIFEST).unlink(missing_ok=True)  # from here on it counts as unfinished
-        shutil.rmtree(root / name, ignore_errors=True)
-        removed.append(name)
-    return removed
+def _last(root: Path) -> str | None:
+    try:
+        return newest(root, checksums=False).path.name
+    except CheckpointError:
+        return None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class GnomonError(ValueError):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend. `exit_code`: what the command line ends with."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(GnomonError):
@@ -35,7 +38,25 @@ class TagError(GnomonError):
 
 
 class CheckpointError(GnomonError):
-    """A checkpoint that is incomplete, damaged or foreign."""
+    """A checkpoint that is incomplete, damaged or foreign, or cannot be written."""
+
+
+class DiskFullError(CheckpointError):
+    """No room for a checkpoint, even after old ones were removed. saved: the last one that reached the disk."""
+
+    exit_code: ClassVar[int] = 28  # ENOSPC
+
+    def __init__(self, message: str, saved: str | None = None) -> None:
+        super().__init__(message)
+        self.saved = saved
+
+
+class RunBusyError(GnomonError):
+    """Another process works in this run folder. pid: its number, when it is known."""
+
+    def __init__(self, message: str, pid: int | None = None) -> None:
+        super().__init__(message)
+        self.pid = pid
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:

@@ -11,7 +11,7 @@ from cyclopts import App, CycloptsError, Group
 from gnomon import __version__
 from gnomon.base.errors import GnomonError
 from gnomon.interfaces import console
-from gnomon.interfaces.commands import asking, check, data, measure, runs, train, validate
+from gnomon.interfaces.commands import asking, check, control, data, measure, runs, train, validate
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -56,6 +56,7 @@ def build() -> App:
     app.command(checks)
     app.command(runs.report, group=_LOOK)
     app.command(runs.runs, group=_LOOK)
+    app.command(control.control, group=_LOOK)
     return app
 
 
@@ -63,7 +64,10 @@ def run(tokens: Sequence[str]) -> int:
     """Run one command line; returns the exit code. User errors are one clear line on stderr, never a traceback."""
     try:
         code = build()(list(tokens), print_error=False, exit_on_error=False, result_action="return_value")
-    except (GnomonError, CycloptsError) as error:
+    except GnomonError as error:
+        console.say(f"gnomon: {str(error).strip()}")
+        return error.exit_code  # 2; 28 when the disk is full
+    except CycloptsError as error:
         console.say(f"gnomon: {str(error).strip()}")
         return USER_ERROR
     except KeyboardInterrupt:
