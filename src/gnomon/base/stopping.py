@@ -10,6 +10,10 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StopRequested(Exception):  # noqa: N818 - nothing went wrong
+    """Ends work that a signal has asked to end, before it has anything to save."""
+
+
 class StopSignals:
     """`with StopSignals() as stop:` — `stop.requested` turns True at the first SIGINT or SIGTERM.
 

@@ -9,6 +9,7 @@ readers work in float32.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -37,17 +38,18 @@ def save_decoder(
     pad: int = 0,
     bos: int = 1,
     eos: int = 2,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write config.json and model.safetensors; the ids are those of the tokenizer that the decoder was trained with.
 
-    matrices: storage of every matrix that is not an mHC parameter. Raises CheckpointError for NaN or infinite weights.
+    state: weights to write in place of the decoder's own (gathered from several processes, or averaged). matrices: storage of every matrix that is not an mHC parameter. Raises CheckpointError for NaN or infinite weights.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     low = torch.bfloat16 if matrices == "bf16" else torch.float32
     tensors = {
         PREFIX + name: value.detach().to(torch.float32 if HYPER in name or value.ndim < 2 else low)
-        for name, value in decoder.state_dict().items()
+        for name, value in (decoder.state_dict() if state is None else state).items()
     }
     body: dict[str, Any] = {
         "model_type": MODEL_TYPE,

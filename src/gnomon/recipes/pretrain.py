@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from gnomon.base import seeds
 from gnomon.base.errors import DataError
 from gnomon.data import tokenizer as tokenizers
-from gnomon.data.corpus import Bins, write_bin
+from gnomon.data.corpus import Bins, BinSource, StepData, collate, write_bin
 from gnomon.data.encode import Encoded, encode_record
 from gnomon.data.tokenizer import Tokenizer
 from gnomon.model.decoder import Decoder
@@ -26,8 +27,9 @@ from gnomon.tasks.mixture import Mixture
 from gnomon.tasks.procedural import REGISTRY, draw
 from gnomon.tasks.rules import with_examples
 from gnomon.training import optim
-from gnomon.training.loop import each, fit
+from gnomon.training.loop import Loss, fit
 from gnomon.training.optim import OptimConfig
+from gnomon.training.parallel import Parallel
 
 CHUNK = 2_000
 
@@ -157,13 +159,48 @@ class PretrainConfig(BaseModel):
     optim: OptimConfig = OptimConfig()
 
 
-def loss_of(model: Callable[..., Any], bins: Bins, rows: list[list[int]], config: PretrainConfig) -> tuple[Tensor, int]:
-    """Mean cross-entropy of the trained targets of packed rows, and the number of real tokens."""
-    batch = bins.batch(rows, config.row_length)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-        logits = model(batch.ids, batch.positions, batch.mask).logits
-    loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
-    return loss, batch.tokens
+class Objective(nn.Module):
+    """Summed cross-entropy of the trained targets of packed rows, as one module, so that it can be sharded or compiled.
+
+    precision: bf16 = matrix products in bfloat16 under autocast, weights and optimiser in float32.
+    """
+
+    def __init__(self, decoder: Decoder, precision: Literal["bf16", "fp32"]) -> None:
+        super().__init__()
+        self.decoder, self.low = decoder, precision == "bf16"
+
+    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+        """ids, positions, targets int64 [R, T] (-100 = not trained), mask bool [R, 1, T, T] -> scalar."""
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.low):
+            logits = self.decoder(ids, positions, mask).logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def step_losses(
+    data: StepData,
+    objective: Callable[..., Tensor],
+    parallel: Parallel,
+    micro_rows: int | None = None,
+    waited: float = 0.0,
+) -> Iterator[Loss]:
+    """Micro-batches of this process's rows of a step; their losses sum to the mean over the whole step's targets,
+    however many processes and micro-batches there are. waited: seconds that the data took to come.
+
+    Raises DataError for a step in which nothing is trained.
+    """
+    team, total = parallel.team, data.targets
+    if not total:
+        raise DataError("a step has no trained target: every record is shorter than two ids or wholly masked")
+    rows = team.share(data.rows)
+    size = micro_rows or len(rows)
+    for first in range(0, len(rows), size):
+        began = time.monotonic()
+        batch = collate(rows[first : first + size], data.length)
+        inputs = [x.to(team.device, non_blocking=True) for x in (batch.ids, batch.positions, batch.mask, batch.targets)]
+        waited += time.monotonic() - began
+        with parallel.micro(last=first + size >= len(rows)):
+            yield objective(*inputs) / total, {"tokens": float(batch.tokens), "data/wait": waited}
+        waited = 0.0
 
 
 def pretrain(
@@ -175,28 +212,16 @@ def pretrain(
     start: int = 0,
     on_step: Callable[[int, dict[str, Any]], bool | None] | None = None,
 ) -> dict[str, Any]:
-    """Train `model` on `bins` from step `start`; the rows of a step depend on the step number alone."""
-    plan = bins.plan(config.row_length)
-    if len(plan) < config.rows:
-        raise DataError(
-            f"{len(bins)} records fill {len(plan)} rows of {config.row_length} tokens, but one step takes "
-            f"{config.rows}; prepare more records or lower rows."
-        )
+    """Train `model` on `bins` from step `start`, in this process, without a run folder (`pretrain_run.run` has one).
+
+    The rows of a step depend on the step number alone.
+    """
+    source = BinSource(bins, config.rows, config.row_length, config.seed, model.config.vocab_size)
     optimizers = optimizers or optim.build(model, config.optim)
-    network = torch.compile(model) if config.compile else model
-    per_epoch = len(plan) // config.rows
-
-    def step_loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        epoch, at = divmod(step, per_epoch)
-        order = list(range(per_epoch))
-        if epoch:
-            seeds.rng(config.seed, "epoch", epoch).shuffle(order)
-        first = order[at] * config.rows
-        loss, tokens = loss_of(network, bins, plan[first : first + config.rows], config)
-        return loss, {"tokens": float(tokens)}
-
+    parallel = Parallel(Objective(model, config.precision))
+    network = torch.compile(parallel.network) if config.compile else parallel.network
     return fit(
-        each(step_loss),
+        lambda step: step_losses(source.step(step), network, parallel),
         optimizers,
         config.steps,
         schedule=lambda f: optim.schedule(config.optim, f),

@@ -20,6 +20,7 @@ from gnomon.model.decoder import preset as preset_of
 from gnomon.recipes.pretrain import CorpusConfig, PretrainConfig
 from gnomon.tasks.procedural import REGISTRY
 from gnomon.training.optim import OptimConfig
+from gnomon.training.runtime import Pace
 
 TOKENS_PER_RECORD: Final = 56  # a little below the mean, so that a run does not see a record twice
 RECORDS: Final = (2_000, 1_000_000)
@@ -65,7 +66,10 @@ class PretrainRunConfig(Config):
     """Everything that decides a pretraining run. One step = `rows` rows of `row_length` tokens.
 
     seed names the run: initial weights, order, and the stream of the corpus. save_every, eval_every: in steps.
-    keep: checkpoints left on disk. tokenizer: folder of a tokenizer to use instead of the shipped one.
+    keep: newest checkpoints left on disk, beside every `keep_every`-th one. micro_rows: rows that pass through the
+    model at once, None = all of a process; the step stays the same. ema: rate of a moving average of the weights
+    (0 = none), saved in checkpoint-N/ema. device: auto, cpu or cuda. parallel: under torchrun, ddp or fsdp (FSDP2).
+    tokenizer: folder of a tokenizer to use instead of the shipped one.
     init: "nano" or the folder of an own model whose weights the run starts from (with fresh optimisers).
     """
 
@@ -81,6 +85,12 @@ class PretrainRunConfig(Config):
     save_every: int = Field(default=1000, ge=1)
     eval_every: int = Field(default=100, ge=1)
     keep: int = Field(default=3, ge=2)
+    keep_every: int | None = Field(default=None, ge=1)
+    micro_rows: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool = False
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    device: str = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     workers: int = Field(default=2, ge=1)
     vocab_size: int = Field(default=1024, ge=512)
     tokenizer: str | None = None
@@ -126,6 +136,11 @@ class PretrainRunConfig(Config):
         """The part that the training function takes."""
         names = ("steps", "rows", "row_length", "precision", "compile", "seed", "optim")
         return PretrainConfig(**{name: getattr(self, name) for name in names})
+
+    def pace(self) -> Pace:
+        """The part that the runtime takes."""
+        names = ("steps", "save_every", "eval_every", "keep", "keep_every")
+        return Pace(**{name: getattr(self, name) for name in names}, clip=self.optim.clip)
 
     def digest(self) -> str:
         """Hash of every value."""

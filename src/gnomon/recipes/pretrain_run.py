@@ -6,10 +6,11 @@ of one that was not, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,22 +18,29 @@ from typing import Any, Final
 import torch
 
 from gnomon.base import checkpoint, seeds
+from gnomon.base.disk import sweep
 from gnomon.base.errors import CheckpointError, ConfigError, DataError
-from gnomon.base.runs import Run, copy_provenance, open_run
-from gnomon.base.stopping import StopSignals
+from gnomon.base.lock import RunLock
+from gnomon.base.runs import Run, open_run
+from gnomon.base.stopping import StopRequested, StopSignals
 from gnomon.base.telemetry import Sink
-from gnomon.data.corpus import Bins
+from gnomon.data.corpus import Bins, BinSource, Source
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
 from gnomon.model.decoder import Decoder, DecoderConfig, preset
 from gnomon.model.folder import load_decoder, save_decoder
 from gnomon.reasoner import shipped
 from gnomon.recipes.logic_check import logic_check
-from gnomon.recipes.pretrain import CorpusConfig, mixture_of, prepare, pretrain, train_tokenizer
+from gnomon.recipes.pretrain import CorpusConfig, Objective, mixture_of, prepare, step_losses, train_tokenizer
 from gnomon.recipes.pretrain_config import PretrainRunConfig
 from gnomon.training import optim
-from gnomon.training.state import load_state, read_facts, save_state
+from gnomon.training.ema import Ema
+from gnomon.training.loop import Loss
+from gnomon.training.parallel import Parallel, part_like, state_of, whole
+from gnomon.training.runtime import Position, Runtime
+from gnomon.training.state import gather_state, load_state, read_facts, save_state
+from gnomon.training.team import ALONE, Team
 
-STATUS_EVERY: Final = 2.0  # seconds between two writes of status.json
+EMA: Final = "ema"  # folder in a checkpoint
 CHECK_PUZZLES: Final = 8
 Progress = Callable[[str, int], Callable[..., object]]
 
@@ -113,9 +121,9 @@ def _to_counter(count: Callable[..., object]) -> Callable[[int], object]:
     return report
 
 
-def fingerprint(bins: Bins, tok: Tokenizer) -> str:
+def fingerprint(source: Source, tok: Tokenizer) -> str:
     """Hash of the tokenizer and the data."""
-    return hashlib.blake2b(tok.model + bins.fingerprint().encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(tok.model + source.fingerprint.encode(), digest_size=16).hexdigest()
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -131,27 +139,93 @@ def run(
     sinks: Sequence[Sink] = (),
     progress: Progress | None = None,
     stop: Callable[[int], bool] | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Train in `folder` until `config.steps`, SIGINT or SIGTERM; returns the facts of the run.
 
-    data: folder of the corpus (default: the checkpoint's while it is there, else `folder`/data);
-    stop(step): a further reason to stop after a step.
-    Raises CheckpointError for a checkpoint of another tokenizer or shape.
+    data: folder of the corpus (default: the checkpoint's while it is there, else `folder`/data); stop(step): a further
+    reason to stop after a step; team: every process calls this with the same arguments.
+    Raises CheckpointError for a checkpoint of another tokenizer or shape, RunBusyError where another run is going on.
     """
     start = start or Start()
     if start.step > config.steps:
         raise ConfigError(f"steps = {config.steps}, but the checkpoint is behind step {start.step}; raise steps")
-    opened = open_run(folder, config, origins, seed=config.seed)
-    opened.events.sinks.extend(sinks)
+    if config.rows % team.size:
+        raise ConfigError(f"{team.size} processes cannot share rows = {config.rows} evenly; make rows a multiple")
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        opened = None
+        if team.leader:
+            stack.enter_context(RunLock(folder))
+            sweep(folder / "checkpoints")
+            opened = open_run(folder, config, origins, seed=config.seed)
+            opened.events.sinks.extend(sinks)
+        try:
+            facts = _run(config, folder, data, start, opened, progress, stop, team, signals)
+        except StopRequested:
+            facts = {"step": start.step, "steps": config.steps, "stopped": True, "loss": None, "checkpoint": None}
+        except BaseException as error:
+            if opened:
+                opened.__exit__(type(error), error, None)
+            raise
+        if opened:
+            opened.status("stopped" if facts["stopped"] else "done")
+            opened.close()
+    return {"run": str(folder), **facts}
+
+
+def _run(
+    config: PretrainRunConfig,
+    folder: Path,
+    data: Path | None,
+    start: Start,
+    opened: Run | None,
+    progress: Progress | None,
+    stop: Callable[[int], bool] | None,
+    team: Team,
+    signals: StopSignals,
+) -> dict[str, Any]:
+    def emit(name: str, /, level: Any = "info", **values: Any) -> None:
+        if opened:
+            opened.events.emit(name, level=level, **values)
+
+    for name, why in start.skipped:
+        emit("checkpoint/skipped", level="warning", name=name, why=why)
+    if opened:
+        opened.status("running", stage="data", total=config.steps, step=start.step)
+    place = data or _data_of(start) or folder / "data"
+    tok, source, facts = _data(config, place, progress, team, signals)
+    if opened:
+        opened.write_json("data.json", facts)
+    emit("data/ready", **facts)
+    if start.checkpoint and start.facts.get("data") != facts["fingerprint"]:
+        emit("resume/data", level="warning", what="the data differs from the checkpoint's")
+    trainee = Pretraining(config, tok, source, start, team, facts, opened)
+    if start.checkpoint:
+        emit("resume/from", checkpoint=str(start.checkpoint), step=start.step)
+        for line in start.changed:
+            emit("resume/changed", what=line)
+    position = Position.of(start.facts)
+    if any(line.startswith("optim.lr:") for line in start.changed):
+        position.lr_scale = 1.0  # who names a rate now means it, whatever commands had made of the old one
+    if opened:
+        opened.rewind(start.step)
+        opened.status("running", stage="train")
+    emit("model/ready", preset=config.model.preset, parameters=trainee.parameters, processes=team.size,
+         device=str(team.device))  # fmt: skip
+    if start.step >= config.steps:
+        emit("train/nothing", step=start.step, steps=config.steps)
+    left = config.steps - start.step
+    count = progress("train", left) if progress and left else None
+    runtime = Runtime(trainee, config.pace(), position, opened, signals, team, count, start.checkpoint)
     try:
-        work = _Work(opened, config, data or _data_of(start) or folder / "data", start, progress)
-        facts = work.train(stop)
-    except BaseException as error:
-        opened.__exit__(type(error), error, None)
-        raise
-    opened.status("stopped" if facts["stopped"] else "done")
-    opened.close()
-    return facts
+        done = runtime.train(stop)
+    finally:
+        source.close()
+    if opened:
+        opened.status("running", step=done["step"], tokens=done["tokens"])
+    saved = folder / "checkpoints" / f"checkpoint-{done['step']}"
+    return {**done, "parameters": trainee.parameters, "checkpoint": str(saved)}
 
 
 def _data_of(start: Start) -> Path | None:
@@ -160,152 +234,201 @@ def _data_of(start: Start) -> Path | None:
     return place if start.checkpoint and (place / MODEL_FILE).is_file() else None
 
 
-class _Work:
-    """A run in progress: what on_step needs to log, check and save."""
+def _data(
+    config: PretrainRunConfig, place: Path, progress: Progress | None, team: Team, signals: StopSignals
+) -> tuple[Tokenizer, Source, dict[str, Any]]:
+    """Tokenizer, source and what is known of them; the leader makes what is missing, the others wait for it."""
+    origin = ""
+    stopped = False
+    if team.leader:
+        try:
+            _, made, origin = prepare_data(place, config, _polled(progress, signals))
+            made.close()
+        except StopRequested:
+            stopped = True
+    if team.any(stopped):
+        raise StopRequested
+    tok = Tokenizer.load(place)
+    bins = Bins(place, config.corpus.split)
+    source = BinSource(bins, config.rows, config.row_length, config.seed, tok.vocab_size)
+    facts = {
+        "folder": str(place.resolve()),
+        "fingerprint": fingerprint(source, tok),
+        "tokenizer": origin,
+        "records": len(bins),
+        "tokens": bins.tokens,
+    }
+    return tok, source, facts
 
-    def __init__(self, run: Run, config: PretrainRunConfig, data: Path, start: Start, progress: Progress | None):
-        self.run, self.config, self.data, self.start, self.progress = run, config, data, start, progress
-        emit = run.events.emit
-        for name, why in start.skipped:
-            emit("checkpoint/skipped", level="warning", name=name, why=why)
-        run.status("running", stage="data", total=config.steps, step=start.step)
-        self.tok, self.bins, origin = prepare_data(data, config, progress)
-        self.print = fingerprint(self.bins, self.tok)
-        run.write_json("data.json", {"folder": str(data.resolve()), "fingerprint": self.print, "tokenizer": origin})
-        emit("data/ready", folder=str(data), records=len(self.bins), tokens=self.bins.tokens, tokenizer=origin)
-        self.model = self._model()
+
+def _polled(progress: Progress | None, signals: StopSignals) -> Progress:
+    """`progress` whose counters end the work once a signal has come."""
+
+    def begin(title: str, total: int) -> Callable[..., object]:
+        count = progress(title, total) if progress else None
+
+        def advance(n: int, note: str = "") -> None:
+            if signals.requested:
+                raise StopRequested
+            if count:
+                count(n, note) if note else count(n)
+
+        return advance
+
+    return begin
+
+
+class Pretraining:
+    """A decoder on a source of packed rows, as `Runtime` wants it."""
+
+    def __init__(
+        self, config: PretrainRunConfig, tok: Tokenizer, source: Source, start: Start, team: Team,
+        data: Mapping[str, Any], run: Run | None,
+    ) -> None:  # fmt: skip
+        self.config, self.tok, self.source, self.team, self.data, self.run = config, tok, source, team, data, run
+        self.model = self._model(start.checkpoint).to(team.device).train()
+        self.model.checkpointing = config.gradient_checkpointing
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.parallel = Parallel(Objective(self.model, config.precision), self.model.blocks, team, config.parallel)
+        self.network = torch.compile(self.parallel.network) if config.compile else self.parallel.network
+        self.factor = self.parallel.factor
+        self.micro = config.micro_rows
+        self.average = Ema(self.model, config.ema) if config.ema else None
         self.optimizers = optim.build(self.model, config.optim)
+        self.cursor: Mapping[str, Any] = {}
         if start.checkpoint:
-            load_state(start.checkpoint, self.model, self.optimizers)
-            emit("resume/from", checkpoint=str(start.checkpoint), step=start.step)
-            for line in start.changed:
-                emit("resume/changed", what=line)
-        _rewind(run, start.step)
-        count = sum(p.numel() for p in self.model.parameters())
-        emit("model/ready", preset=config.model.preset, parameters=count)
-        self.tokens = int(start.facts.get("tokens", 0))
-        self.parameters, self.saved_at, self.told_at = count, -1, 0.0
+            self._take_back(start.checkpoint, start.step + int(start.facts.get("passed_over", 0)))
 
-    def _model(self) -> Decoder:
-        config, at = self.config, self.start.checkpoint
+    # --- as a Trainee ------------------------------------------------------------------------------------------------
+
+    def losses(self, number: int) -> Iterator[Loss]:
+        began = time.monotonic()
+        data = self.source.step(number)
+        self.cursor = data.cursor
+        return step_losses(data, self.network, self.parallel, self.micro, time.monotonic() - began)
+
+    def rate(self, fraction: float) -> float:
+        return optim.schedule(self.config.optim, fraction)
+
+    def headline_rate(self) -> float:
+        return self.config.optim.lr
+
+    def stepped(self) -> None:
+        if self.average:
+            self.average.update()
+
+    def smaller(self) -> bool:
+        rows = self.micro or self.config.rows
+        if rows == 1 or (self.config.micro_rows or self.config.rows) != rows:
+            return False  # once is enough: a second time something else is wrong
+        self.micro = -(-rows // 2)
+        return True
+
+    def check(self, step: int, budget: int | None, stop: Callable[[], bool]) -> dict[str, float]:
+        """Some logic puzzles, answered by the model as it stands; outputs go to samples/ and to the events."""
+        state = state_of(self.model) if self.parallel.sharded else None
+        if self.run is None:
+            return {}
+        model = self.model if state is None else _unsharded(self.model, state)
+        corpus = self.config.corpus
+        averaged = self.average.applied() if self.average and state is None else contextlib.nullcontext()
+        with averaged:
+            found = logic_check(model, self.tok, corpus.tasks, corpus.levels, CHECK_PUZZLES, budget, stop)
+        if not found:
+            return {}
+        lines = "".join(json.dumps(f, ensure_ascii=False) + "\n" for f in found)
+        (self.run.folder / "samples" / f"step-{step}.jsonl").write_text(lines, encoding="utf-8")
+        right, used = sum(f["correct"] for f in found), sum(f["used"] for f in found)
+        self.run.events.emit("eval/logic", step=step, correct=right, n=len(found))
+        for sample in found[:3]:
+            self.run.events.emit("eval/sample", step=step, sample=sample)
+        return {"eval/logic_accuracy": right / len(found), "budget/used": used / len(found)}
+
+    def gathered(self) -> dict[str, Any]:
+        average = {} if self.average is None else {n: whole(v) for n, v in self.average.state_dict().items()}
+        return {
+            "model": state_of(self.model),
+            "optimizers": gather_state(self.model, self.optimizers),
+            "average": average,
+        }
+
+    def write(self, folder: Path, gathered: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Hugging Face files, tokenizer, optimiser states; with an average, ema/ is a model folder of its own."""
+        tok = self.tok
+        ids = {"pad": tok.pad, "bos": tok.bos, "eos": tok.eos}
+        save_decoder(folder, self.model, "fp32", state=gathered["model"], **ids)
+        tok.save(folder)
+        if gathered["average"]:
+            save_decoder(folder / EMA, self.model, "fp32", state={**gathered["model"], **gathered["average"]}, **ids)
+            tok.save(folder / EMA)
+        more = {
+            "config": self.config.digest(),
+            "data": self.data["fingerprint"],
+            "data_folder": self.data["folder"],
+            "cursor": dict(self.cursor),
+            "processes": self.team.size,
+        }
+        save_state(folder, gathered["optimizers"], {**facts, **more})
+
+    def restore(self, folder: Path | None, number: int) -> None:
+        place = Start(folder).checkpoint
+        fresh = self._model(place)
+        current = self.model.state_dict()
+        with torch.no_grad():
+            for name, value in fresh.state_dict().items():
+                current[name].copy_(part_like(value, current[name]))
+        if place is None:
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+            self.average = Ema(self.model, self.config.ema) if self.config.ema else None
+            self.source.seek(number, {})
+        else:
+            self._take_back(place, number)
+
+    def _take_back(self, folder: Path, number: int) -> None:
+        """Optimisers, average and data as they were in a checkpoint."""
+        facts = load_state(folder, self.model, self.optimizers)
+        if self.average and (folder / EMA).is_dir():
+            names = self.average.state_dict()
+            saved = load_decoder(folder / EMA).state_dict()
+            self.average.load_state_dict({n: part_like(saved[n], names[n]) for n in names})
+        self.cursor = facts.get("cursor", {})
+        self.source.seek(number, self.cursor)
+
+    # --- the model ---------------------------------------------------------------------------------------------------
+
+    def _model(self, at: Path | None) -> Decoder:
+        config = self.config
         if at is None:
             seeds.seed_torch(config.seed, "init")
             shape = preset(config.model.preset, self.tok.vocab_size, **config.model.changes())
             return Decoder(shape) if config.init is None else self._started_from(config.init, shape)
         if Tokenizer.load(at).model != self.tok.model:
             raise CheckpointError(
-                f"{at} was trained with another tokenizer than the corpus in {self.data}; name its corpus with --data"
+                f"{at} was trained with another tokenizer than the data in {self.data['folder']}; name its corpus "
+                "with --data"
             )
-        if self.start.facts.get("data") != self.print:
-            self.run.events.emit("resume/data", level="warning", what="the corpus differs from the checkpoint's")
-        return load_decoder(at).train()
+        return load_decoder(at)
 
     def _started_from(self, init: str, shape: DecoderConfig) -> Decoder:
         """The weights of another own model. Raises ConfigError where shape or tokenizer are not this run's."""
         folder = shipped(init) if init == "nano" else Path(init)
-        decoder = load_decoder(folder).train()
+        decoder = load_decoder(folder)
         if decoder.config != shape:
             raise ConfigError(f"init {init!r} has the shape {decoder.config}, this run {shape}; name its preset")
         if Tokenizer.load(folder).model != self.tok.model:
-            raise ConfigError(f"init {init!r} has another tokenizer than the corpus in {self.data}; prepare it again")
-        self.run.events.emit("model/init", folder=str(folder))
+            raise ConfigError(f"init {init!r} has another tokenizer than the data; prepare it again")
+        if self.run:
+            self.run.events.emit("model/init", folder=str(folder))
         return decoder
 
-    def train(self, stop: Callable[[int], bool] | None) -> dict[str, Any]:
-        """Run the loop; the last step is always saved."""
-        config, start = self.config, self.start
-        self.run.status("running", stage="train")
-        self.clock = time.monotonic()
-        left = config.steps - start.step
-        self.count = self.progress("train", left) if self.progress and left else None
-        if start.step >= config.steps:
-            self.run.events.emit("train/nothing", step=start.step, steps=config.steps)
-        with StopSignals() as signals:
 
-            def on_step(step: int, row: dict[str, Any]) -> bool:
-                self.after(step, row)
-                return signals.requested or (stop is not None and stop(step))
-
-            done = pretrain(
-                self.model,
-                self.bins,
-                config.pretraining(),
-                optimizers=self.optimizers,
-                start=start.step,
-                on_step=on_step,
-            )
-            if done["steps"] > start.step and self.saved_at != done["steps"]:
-                self.save(done["steps"])
-        stopped = bool(done["stopped"]) and done["steps"] < config.steps
-        self.run.status("running", step=done["steps"], tokens=self.tokens)
-        return {
-            "run": str(self.run.folder),
-            "step": done["steps"],
-            "steps": config.steps,
-            "stopped": stopped,
-            "loss": done["last"].get("loss"),
-            "tokens": self.tokens,
-            "seconds": done["seconds"],
-            "skipped": done["skipped"],
-            "parameters": self.parameters,
-            "checkpoint": str(self.run.checkpoints / f"checkpoint-{done['steps']}"),
-        }
-
-    def after(self, step: int, row: dict[str, Any]) -> None:
-        """Log a step; check and save on schedule."""
-        now = time.monotonic()
-        rate, self.clock = row["tokens"] / max(now - self.clock, 1e-9), now
-        self.tokens += int(row["tokens"])
-        names = {"loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm", "skipped": "train/skipped"}
-        values = {"tokens": self.tokens, **{to: row[k] for k, to in names.items()}, "train/tok_per_sec": rate}
-        if step % self.config.eval_every == 0 or step == self.config.steps:
-            values |= self.check(step)
-        self.run.row(step, **values)
-        if step % self.config.save_every == 0:
-            self.save(step)
-        if self.count:
-            self.count(1, f"loss {row['loss']:.3f}  {rate:,.0f} tok/s")
-        if now - self.told_at > STATUS_EVERY:
-            self.told_at = now
-            self.run.status("running", step=step, tokens=self.tokens, loss=row["loss"])
-        self.clock = time.monotonic()  # checks and saving are no training time
-
-    def check(self, step: int) -> dict[str, float]:
-        """Some logic puzzles, answered by the model as it stands; outputs go to samples/ and to the events."""
-        corpus = self.config.corpus
-        found = logic_check(self.model, self.tok, corpus.tasks, corpus.levels, CHECK_PUZZLES)
-        lines = "".join(json.dumps(f, ensure_ascii=False) + "\n" for f in found)
-        (self.run.folder / "samples" / f"step-{step}.jsonl").write_text(lines, encoding="utf-8")
-        share = sum(f["correct"] for f in found) / len(found)
-        self.run.events.emit("eval/logic", step=step, correct=sum(f["correct"] for f in found), n=len(found))
-        for sample in found[:3]:
-            self.run.events.emit("eval/sample", step=step, sample=sample)
-        return {"eval/logic_accuracy": share}
-
-    def save(self, step: int) -> None:
-        """Publish checkpoint-<step>: Hugging Face files, tokenizer, optimiser states, provenance, manifest."""
-        with checkpoint.publish(self.run.checkpoints, step) as folder:
-            tok = self.tok
-            save_decoder(folder, self.model, "fp32", pad=tok.pad, bos=tok.bos, eos=tok.eos)
-            tok.save(folder)
-            facts = {"step": step, "tokens": self.tokens, "config": self.config.digest(), "data": self.print}
-            save_state(folder, self.model, self.optimizers, {**facts, "data_folder": str(self.data.resolve())})
-            copy_provenance(self.run.folder, folder)
-        self.saved_at = step
-        self.run.status("running", step=step, checkpoint=f"checkpoint-{step}")
-        self.run.events.emit("checkpoint/saved", step=step, name=f"checkpoint-{step}")
-        checkpoint.prune(self.run.checkpoints, self.config.keep)
-
-
-def _rewind(run: Run, step: int) -> None:
-    """Drop metrics rows behind `step`: they belong to a future that a crash or a stop has undone."""
-    path = run.folder / "metrics.jsonl"
-    rows = path.read_bytes().splitlines(keepends=True)
-    kept = [row for row in rows if json.loads(row)["step"] <= step]
-    if len(kept) < len(rows):
-        run.metrics.close()
-        path.write_bytes(b"".join(kept))
-        run.metrics = type(run.metrics)(path)
+def _unsharded(model: Decoder, state: Mapping[str, torch.Tensor]) -> Decoder:
+    """A decoder of this process alone with gathered weights."""
+    with seeds.undisturbed():
+        alone = Decoder(model.config)
+    alone.load_state_dict({name: value.cpu() for name, value in state.items()})
+    return alone
 
 
 def estimate(config: PretrainRunConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
@@ -30,7 +30,7 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def leader(self) -> bool:
@@ -56,7 +56,8 @@ class Team:
         raw = json.dumps(value).encode() if self.leader else b""
         length = torch.tensor([len(raw)])
         dist.broadcast(length, 0)
-        body = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(int(length), dtype=torch.uint8)
+        body = torch.zeros(int(length), dtype=torch.uint8)
+        body[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
         dist.broadcast(body, 0)
         return json.loads(bytes(body.tolist()))
 
