@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,8 +21,11 @@ from pydantic import BaseModel
 from gnomon.base.atomic import write_atomic
 from gnomon.base.config import dump_yaml
 from gnomon.base.errors import ConfigError, nearest
+from gnomon.base.screen import screen
 from gnomon.base.telemetry import JsonlSink, JsonlWriter, Telemetry, finite
+from gnomon.base.trackers import Tracker, close_all, open_trackers
 
+CONSOLE_LOG: Final = "stdout.log"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
 _PACKAGES: Final = (
     "gnomon", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "numpy", "pydantic",
@@ -64,6 +67,7 @@ class Run:
     """An open run folder. As a context manager it ends with a state: done, stopped (Ctrl-C) or failed (with why).
 
     metrics: rows `{"step", "time", "tokens", …}` with slash names. events: a Telemetry onto events.jsonl.
+    trackers: where rows and samples go beside that. What the console says while the run is open is in stdout.log.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,8 +76,10 @@ class Run:
             (folder / sub).mkdir(parents=True, exist_ok=True)
         self.metrics = JsonlWriter(folder / "metrics.jsonl")
         self.events = Telemetry(JsonlSink(folder / "events.jsonl"))
-        self._status: dict[str, Any] = {"started": time.time(), "pid": os.getpid()}
+        self.trackers: list[Tracker] = []
+        self._status: dict[str, Any] = {"started": time.time(), "pid": os.getpid(), "host": platform.node()}
         self.status("running")
+        screen().attach(folder / CONSOLE_LOG)
 
     @property
     def checkpoints(self) -> Path:
@@ -85,7 +91,45 @@ class Run:
 
     def row(self, step: int, **values: Any) -> None:
         """One metrics row; keyword names may carry slashes: `run.row(5, **{"train/loss": 0.3})`."""
-        self.metrics.write({"step": step, "time": time.time(), **values})
+        row = {"step": step, "time": time.time(), **values}
+        self.metrics.write(row)
+        if self.trackers:
+            clean = finite(row)
+            self._hand_on(lambda tracker: tracker.row(step, clean))
+
+    def sample(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Outputs of the model after `step`: samples/step-N.jsonl, and as text to the trackers."""
+        path = self.folder / "samples" / f"step-{step}.jsonl"
+        lines = [json.dumps(finite(row), ensure_ascii=False, allow_nan=False) for row in rows]
+        write_atomic(path, "".join(line + "\n" for line in lines).encode("utf-8", "replace"))
+        text = "\n\n".join("\n".join(f"{k}: {v}" for k, v in row.items()) for row in rows)
+        self._hand_on(lambda tracker: tracker.sample(step, text))
+        return path
+
+    def track(self, names: Sequence[str], config: Mapping[str, Any], start: int = 0) -> None:
+        """Open trackers by name, for a run that goes on behind step `start`; see `open_trackers` for its errors."""
+        self.trackers += open_trackers(names, self.folder, self.name, config, start)
+
+    def _hand_on(self, give: Callable[[Tracker], None]) -> None:
+        for tracker in tuple(self.trackers):
+            give(tracker)
+            if tracker.failure is not None:
+                self.trackers.remove(tracker)
+                self._given_up(tracker)
+
+    def _given_up(self, tracker: Tracker) -> None:
+        facts = {"tracker": tracker.name, "why": tracker.failure or "it was too slow", "rows_dropped": tracker.dropped}
+        self.events.emit("tracker/failed", level="warning", **facts)
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics rows behind `step`: they belong to a future that a crash or a roll-back has undone."""
+        path = self.folder / "metrics.jsonl"
+        rows = path.read_bytes().splitlines(keepends=True)
+        kept = [row for row in rows if json.loads(row)["step"] <= step]
+        if len(kept) < len(rows):
+            self.metrics.close()
+            write_atomic(path, b"".join(kept))
+            self.metrics = JsonlWriter(path)
 
     def status(self, state: str, **facts: Any) -> None:
         """Replace status.json; `facts` (stage, step, total, …) stay until overwritten."""
@@ -99,9 +143,15 @@ class Run:
         return path
 
     def close(self) -> None:
-        """Flush metrics and events."""
+        """Flush metrics and events; trackers have five seconds in all."""
         self.metrics.close()
+        trackers, self.trackers = self.trackers, []
+        close_all(trackers)
+        for tracker in trackers:
+            if tracker.failure is not None or tracker.dropped:
+                self._given_up(tracker)
         self.events.close()
+        screen().detach(self.folder / CONSOLE_LOG)
 
     def __enter__(self) -> Run:
         return self

@@ -9,13 +9,15 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol, TypeVar
+from typing import IO, Any, Final, Literal, Protocol, TypeVar
 
+from gnomon.base.screen import Screen, harmless, screen
+
+REDRAW: Final = 0.1  # seconds between two drawings of a live line
 T = TypeVar("T")
 Level = Literal["debug", "info", "warning", "error"]
 
@@ -146,14 +148,17 @@ class ConsoleSink:
     def emit(self, event: Event) -> None:
         if self._order.index(event.level) < self._least:
             return
-        stream = self._stream or sys.stderr
-        facts = " ".join(f"{k}={_short(v)}" for k, v in event.data.items())
-        mark = "" if event.level in ("debug", "info") else f"{event.level}: "
-        stream.write(f"{mark}{event.name} {facts}".rstrip() + "\n")
-        stream.flush()
+        (Screen(self._stream) if self._stream else screen()).line(event_line(event))
 
     def close(self) -> None:
         """stderr stays open."""
+
+
+def event_line(event: Event) -> str:
+    """An event in one line: its name and facts, behind its level where that is a warning or an error."""
+    facts = " ".join(f"{k}={_short(v)}" for k, v in event.data.items())
+    mark = "" if event.level in ("debug", "info") else f"{event.level}: "
+    return harmless(f"{mark}{event.name} {facts}".rstrip().replace("\n", " "))
 
 
 def _short(value: Any) -> str:
@@ -186,43 +191,31 @@ class Telemetry:
 
 
 class Progress:
-    """A progress bar with ETA on stderr: `with Progress("rollouts", total=600) as bar: bar.advance(8, "acc .71")`.
+    """A progress line with ETA on stderr: `with Progress("rollouts", total=600) as bar: bar.advance(8, "acc .71")`.
 
-    On a terminal it is one live line (rich); elsewhere a plain line about every `every` seconds, so logs stay short.
+    On a terminal it is one live line; elsewhere, and in the run's log, a plain line about every `every` seconds.
     """
 
     def __init__(self, title: str, total: int | None = None, every: float = 15.0, quiet: bool = False) -> None:
         self.title, self.total, self.done, self.note = title, total, 0, ""
-        self._every, self._quiet = every, quiet
-        self._start = self._last = time.monotonic()
-        self._bar: Any = None
-        self._row: Any = None
+        self._every, self._quiet, self._screen = every, quiet, screen()
+        self._start = self._last = self._drawn = time.monotonic()
 
     def __enter__(self) -> Progress:
         self._start = self._last = time.monotonic()
-        if not self._quiet and sys.stderr.isatty():
-            from rich import progress as rp
-            from rich.console import Console
-
-            self._bar = rp.Progress(
-                rp.TextColumn("{task.description}"), rp.BarColumn(), rp.MofNCompleteColumn(),
-                rp.TimeElapsedColumn(), rp.TextColumn("eta"), rp.TimeRemainingColumn(),
-                rp.TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )  # fmt: skip
-            self._row = self._bar.add_task(self.title, total=self.total, note="")
-            self._bar.start()
+        self._drawn = 0.0
+        self._draw()
         return self
 
     def advance(self, n: int = 1, note: str | None = None) -> None:
         """`n` more done; `note` replaces the text at the end of the line."""
         self.done += n
         self.note = self.note if note is None else note
-        if self._bar is not None:
-            self._bar.update(self._row, advance=n, note=self.note)
-        elif not self._quiet and time.monotonic() - self._last >= self._every:
+        self._draw()
+        if not self._quiet and time.monotonic() - self._last >= self._every:
             self._last = time.monotonic()
-            self._line()
+            eta = self.eta()
+            self._say("" if eta is None else f", about {span(eta)} left")
 
     def eta(self) -> float | None:
         """Seconds to go at the mean speed so far; None while it is not known."""
@@ -230,19 +223,77 @@ class Progress:
             return None
         return (time.monotonic() - self._start) / self.done * max(0, self.total - self.done)
 
-    def _line(self, end: str = "") -> None:
+    def _draw(self) -> None:
+        now = time.monotonic()
+        if self._quiet or not self._screen.terminal or now - self._drawn < REDRAW:
+            return
+        self._drawn = now
+        parts = [f"{self.title} {self._count()}"]
+        if self.total:
+            parts.append(self._screen.bar(self.done / self.total))
+            parts.append(f"{self.done / self.total:4.0%}")
         eta = self.eta()
-        of = "" if self.total is None else f"/{self.total}"
-        left = "" if end or eta is None else f", about {eta:.0f} s left"
-        spent = time.monotonic() - self._start
-        sys.stderr.write(f"{self.title}: {self.done}{of} in {spent:.0f} s{left} {self.note}{end}".rstrip() + "\n")
-        sys.stderr.flush()
+        left = "" if self.total is None else f", eta {'?' if eta is None else span(eta)}"
+        parts += [span(now - self._start) + left, self.note]
+        self._screen.live("  ".join(p for p in parts if p))
+
+    def _count(self) -> str:
+        return f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
+
+    def _say(self, rest: str, end: bool = False) -> None:
+        text = f"{self.title}: {self._count()} in {span(time.monotonic() - self._start)}{rest} {self.note}".rstrip()
+        if end or not self._screen.terminal:
+            self._screen.line(text)
+        else:
+            self._screen.note(text)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif not self._quiet:
-            self._line(" (stopped)" if kind else " done")
+        if not self._quiet:
+            self._screen.live("")
+            self.note = f"{self.note} {'(stopped)' if kind else 'done'}".strip()
+            self._say("", end=True)
+
+
+def span(seconds: float) -> str:
+    """A time as people say it: `42 s`, `5:07 min`, `3:20 h`."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    return f"{whole // 60}:{whole % 60:02d} min" if whole < 6000 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+_NOTES: Final[tuple[tuple[str, str], ...]] = (
+    ("train/loss", "loss {:.3f}"),
+    ("train/tok_per_sec", "{:,.0f} tok/s"),
+    ("train/data_wait", "data wait {:.1%}"),
+    ("budget/used", "thinks {:.0f}"),
+    ("budget/predicted", "of {:.0f}"),
+    ("eval/logic_accuracy", "puzzles {:.0%}"),
+)
+
+
+def live_note(values: Mapping[str, Any]) -> str:
+    """The numbers of a metrics row that the live line shows; `train/skipped` only when it is not zero."""
+    found = [text.format(float(values[key])) for key, text in _NOTES if isinstance(values.get(key), (int, float))]
+    if values.get("train/skipped"):
+        found.append(f"skipped {values['train/skipped']:.0f}")
+    return "  ".join(found)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that may still be written to; lines that are no JSON object (torn ones) are left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found
 
 
 def track(items: Iterable[T], title: str, total: int | None = None, quiet: bool = False) -> Iterator[T]:

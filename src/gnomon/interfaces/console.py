@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from gnomon.base.telemetry import Event, Progress, finite
+from gnomon.base.screen import Colour, harmless, paint, screen
+from gnomon.base.telemetry import Event, Progress, event_line, finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,13 +24,15 @@ def out() -> Console:
 
 
 def say(text: str = "") -> None:
-    """One line for people, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for people, on stderr, above a live line, and in the log of an open run."""
+    screen().line(text)
 
 
 def emit_json(value: Mapping[str, Any]) -> None:
     """The one object of `--json`; numbers that are not finite become null and are named."""
-    print(json.dumps(finite(value), ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False)
+    print(text, flush=True)
+    screen().note(text)
 
 
 def on_interrupt(hint: str) -> None:
@@ -70,11 +73,27 @@ class Stages:
         self.close(kind)
 
 
+SHOWN_PUZZLES: Final = 3
+_LONGEST: Final = 300  # characters of a question, thought or answer on the console; samples/ has all of it
+
+
 class Narrator:
-    """A sink that tells the events of a run in plain lines on stderr."""
+    """A sink that tells the events of a run on stderr: puzzles in colour, warnings as lines of their own."""
+
+    def __init__(self) -> None:
+        self._puzzles: tuple[Any, int] = (None, 0)  # (step, puzzles shown of it)
 
     def emit(self, event: Event) -> None:
+        if event.name == "eval/sample":
+            step, shown = self._puzzles
+            shown = shown + 1 if step == event.data.get("step") else 1
+            self._puzzles = (event.data.get("step"), shown)
+            if shown <= SHOWN_PUZZLES:
+                say(puzzle(event.data["sample"]))
+            return
         line = _tell(event)
+        if event.level in ("warning", "error"):
+            line = paint(line, "yellow" if event.level == "warning" else "red")
         if line:
             say(line)
 
@@ -82,20 +101,49 @@ class Narrator:
         """stderr stays open."""
 
 
+def puzzle(sample: Mapping[str, Any]) -> str:
+    """One puzzle of a mini-evaluation: question, thought, answer, gold, and whether it was right, in colour.
+
+    sample: as `logic_check` gives it. Model text cannot move the cursor or change colours.
+    """
+    right = bool(sample["correct"])
+    colour: Colour = "green" if right else "red"
+    thought = _cut(str(sample.get("think") or "(none)"))
+    kind = _cut(f"[{sample['task']} {sample['level']}]")
+    answer, verdict = _cut(str(sample["answer"] or "(nothing)")), "right" if right else "wrong"
+    lines = (
+        f"  {paint(kind, 'cyan')} {_cut(str(sample['prompt']))}",
+        paint(f"    thinks ({sample['used']} tokens): {thought}", "dim"),
+        f"    answers {paint(answer, colour)}, gold {_cut(str(sample['gold']))}: {paint(verdict, colour)}",
+    )
+    return "\n".join(lines)
+
+
+def _cut(text: str) -> str:
+    """Text of a model or of data in one harmless line."""
+    line = " / ".join(part.strip() for part in harmless(text.replace("\t", " ")).splitlines() if part.strip())
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+
+
 def _tell(event: Event) -> str:
+    """An event in plain words; those without words of their own as name and facts."""
     data = dict(event.data)
-    match event.name:
-        case "eval/sample":
-            s = data["sample"]
-            mark = "right" if s["correct"] else "wrong"
-            return (
-                f"  [{s['task']} {s['level']}] {s['prompt']}\n"
-                f"    -> {s['answer'] or '(nothing)'}   ({mark}; gold: {s['gold']}; thought {s['used']} tokens)"
-            )
+    mark = f"{event.level}: " if event.level in ("warning", "error") else ""
+    try:
+        text = _words(event.name, data)
+    except (KeyError, TypeError, ValueError):  # an event of this name with other facts
+        text = None
+    return event_line(event) if text is None else mark + harmless(text)
+
+
+def _words(name: str, data: Mapping[str, Any]) -> str | None:
+    match name:
         case "eval/logic":
             return f"step {data['step']}: {data['correct']} of {data['n']} logic puzzles right, for example"
         case "checkpoint/saved":
             return f"step {data['step']}: saved {data['name']}"
+        case "checkpoint/skipped":
+            return f"{data['name']} cannot be used: {data['why']}"
         case "data/ready":
             return (
                 f"data: {data['records']:,} records, {data['tokens']:,} tokens in {data['folder']}; "
@@ -107,9 +155,10 @@ def _tell(event: Event) -> str:
             return f"resuming behind step {data['step']} ({data['checkpoint']})"
         case "resume/changed":
             return f"  changed: {data['what']}"
-    facts = " ".join(f"{k}={v}" for k, v in data.items())
-    mark = "" if event.level in ("debug", "info") else f"{event.level}: "
-    return f"{mark}{event.name} {facts}".rstrip()
+        case "tracker/failed":
+            lost = f", {data['rows_dropped']} rows dropped" if data["rows_dropped"] else ""
+            return f"tracker {data['tracker']} is given up ({data['why']}{lost}); the run and metrics.jsonl go on"
+    return None
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
@@ -124,6 +173,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], not
     for row in rows:
         grid.add_row(*(cell(value) for value in row))
     out().print(grid)
+    if screen().logged:
+        from rich.console import Console
+
+        page = io.StringIO()
+        Console(file=page, width=160, highlight=False).print(grid)
+        screen().note("\n".join(line.rstrip() for line in page.getvalue().splitlines()))
 
 
 def cell(value: Any) -> str:
