@@ -2,7 +2,10 @@
 
     python benchmarks/study_phases.py --seed 0 --variant full|gate|adapters --out FILE
 
-Every arm starts at the shipped layer and ends with a card fitted on what the model does then. All are tested greedily
+    python benchmarks/study_phases.py --tasks knights,programs --levels 3,4,5 --label-train 1500 --c-mode all --out FILE
+
+Every arm starts at the shipped layer (with --label-train N: at heads fitted here on N problems) and ends
+with a card fitted on what the model does then. All are tested greedily
 under predicted plan and budget on the same problems of a stream that no choice was made on; the reference is the best
 fixed strategy per family of the shipped model, unlimited, chosen on val. Differences are paired by problem.
 """
@@ -71,6 +74,22 @@ def fixed(reasoner: Reasoner, items: Any) -> dict[str, Any]:
     }
 
 
+def by_plan(reasoner: Reasoner, items: Any) -> dict[str, list[float]]:
+    """Accuracy and think tokens of every plan without a cap, on the first 600 problems: what the base learned."""
+    found = {}
+    for name in reasoner.codec.strategies:
+        jobs = [Job(p, name, None, use_prediction=False, seed="study-phases") for p in items[:600]]
+        part = [group[0] for group in run(reasoner, jobs)]
+        found[name] = [sum(a.correct for a in part) / len(part), sum(a.trace.used for a in part) / len(part)]
+    return found
+
+
+def by_cell(right: Any, items: Any) -> dict[str, float]:
+    """Accuracy per family and level."""
+    names = np.array([f"{p.task} {p.level}" for p in items])
+    return {str(name): float(right[names == name].mean()) for name in np.unique(names)}
+
+
 def against(arm: dict[str, Any], other: dict[str, Any], name: str) -> dict[str, Any]:
     """Paired: points gained and the share of think tokens spent."""
     return {
@@ -94,21 +113,33 @@ def main() -> None:
     parser.add_argument("--calibration-n", type=int, default=2000)
     parser.add_argument("--val-n", type=int, default=650)
     parser.add_argument("--stream", default="phases-test-1")
+    parser.add_argument("--split", default="test", help="val while settings are being chosen")
+    parser.add_argument("--tasks", default="all")
+    parser.add_argument("--levels", type=lambda text: tuple(map(int, text.split(","))), default=(1, 2, 3, 4, 5))
+    parser.add_argument("--label-train", type=int, default=0, help="problems that phase A is fitted on; 0 = as shipped")
+    parser.add_argument("--c-mode", choices=("last_k", "all"), default="last_k")
+    parser.add_argument("--base-lr-scale", type=float, default=0.05)
+    parser.add_argument("--cache", type=Path, help="of labels; default OUT.labels")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     began = time.monotonic()
+    cache = args.cache or args.out.with_suffix(".labels")
     shipped = Reasoner.load("nano")
-    items = problems("all", "test", args.stream, args.n, (1, 2, 3, 4, 5))
-    reference = fixed(shipped, items)
-    arms = {"A": measured(shipped, items)}
+    items = problems(args.tasks, args.split, args.stream, args.n, args.levels)
     config = metacog.MetacogRunConfig(
-        stream=f"study-phases/{args.seed}", calibration_n=args.calibration_n, val_n=args.val_n, seed=args.seed
-    )
-    draw = phases.Draw("all", config.levels, config.stream, None, None, 64, args.seed)
+        stream=f"study-phases/{args.seed}", calibration_n=args.calibration_n, val_n=args.val_n, seed=args.seed,
+        tasks=args.tasks, levels=args.levels, label_n=args.label_train or 20,
+    )  # fmt: skip
+    if args.label_train:  # the labels are the same for all seeds
+        shared = config.model_copy(update={"stream": "study-phases"})
+        shipped = metacog.train(replace(shipped, decider=None), shared, cache).reasoner
+    reference = fixed(shipped, items)
+    arms = {"A": measured(shipped, items) | {"by_plan": by_plan(shipped, items)}}
+    draw = phases.Draw(args.tasks, config.levels, config.stream, None, None, 64, args.seed)
     b = PhaseConfig(problems=args.problems, label_n=args.label_n, steps=args.b_steps)
     c = b.model_copy(
         update={"rounds": args.c_rounds, "steps": args.c_steps, "capped": 0.5,
-                "adapt": AdaptConfig(mode="last_k", last_k=1)}
+                "adapt": AdaptConfig(mode=args.c_mode, base_lr_scale=args.base_lr_scale)}
     )  # fmt: skip
     told: list[dict[str, Any]] = []
     reasoner = phases.with_steerer(shipped, VARIANTS[args.variant], args.seed)
@@ -120,8 +151,8 @@ def main() -> None:
         reasoner = phases.run_phase(
             reasoner, phase, draw, letter, LossWeights(), lambda facts: None if "step" in facts else told.append(facts)
         )
-        carded, _ = metacog._with_card(reasoner, order, config, args.out.with_suffix(".labels"))
-        arms[letter] = measured(carded, items)
+        carded, _ = metacog._with_card(reasoner, order, config, cache)
+        arms[letter] = measured(carded, items) | {"by_plan": by_plan(carded, items)}
         reasoner = replace(carded)
         print(f"{args.variant} seed {args.seed} {letter}: {time.monotonic() - began:.0f} s", file=sys.stderr)
     body = {
@@ -129,14 +160,14 @@ def main() -> None:
         "reference": {"accuracy": float(reference["right"].mean()), "think_tokens": float(reference["used"].mean()),
                       "oracle_tokens": float(reference["oracle_used"].mean())},
         "arms": {k: {"vs_fixed": against(v, reference, k), "vs_A": against(v, arms["A"], k + "A"), "over": v["over"],
-                     "plans": v["plans"],
+                     "plans": v["plans"], "by_plan": v["by_plan"], "by_cell": by_cell(v["right"], items),
                      "oracle_share": float((reference["used"] - v["used"]).sum()
                                            / (reference["used"] - reference["oracle_used"]).sum())}
                  for k, v in arms.items()},
         "rounds": told,
     }  # fmt: skip
     args.out.write_text(json.dumps(body, default=str))
-    print(json.dumps({k: body["arms"][k]["vs_fixed"] for k in arms}))
+    print(json.dumps({k: {n: v[n] for n in ("vs_A", "by_plan", "by_cell")} for k, v in body["arms"].items()}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from gnomon.base.errors import DataError
+from gnomon.base.errors import CheckpointError
 from gnomon.interfaces import console, options
 
 Flag = Parameter(negative=())
@@ -22,7 +22,7 @@ ALIASES = {"preset": "model.preset", "tasks": "corpus.tasks", "levels": "corpus.
 
 def pretrain(
     *overrides: Annotated[str, Rest],
-    run: Path | None = None,
+    run: Annotated[Path | None, Parameter(name=("--run", "--run-dir"))] = None,
     data: Path | None = None,
     config: Path | None = None,
     resume: str | None = None,
@@ -35,7 +35,7 @@ def pretrain(
     For example: --model.preset micro --steps 500 --save-every 100 --seed mine --optim.lr 0.01 --corpus.tasks sort,count
 
     Args:
-        run: Run folder; by default a new one under --runs.
+        run: Run folder; by default a new one under --runs. Under torchrun write --run-dir: it takes --run for its own.
         data: Folder of a packed corpus (`gnomon data prepare`); by default RUN/data, made when it is missing.
         config: A YAML or TOML file with fields.
         resume: auto (newest good checkpoint of the run), a run folder, or a checkpoint folder.
@@ -44,8 +44,10 @@ def pretrain(
         json: Print one JSON object with the facts of the run.
     """
     from gnomon.recipes import pretrain_config as pc
+    from gnomon.recipes import pretrain_run as pr
+    from gnomon.training.team import joined
 
-    flags = ("run", "data", "config", "resume", "runs", "dry-run", "json")
+    flags = ("run", "run-dir", "data", "config", "resume", "runs", "dry-run", "json")
     given = options.overrides(pc.PretrainRunConfig, overrides, flags, ALIASES)
     folder, found = pc.resume_point(resume, run, _latest(runs, given.get("model.preset")))
     old = found.values()
@@ -56,24 +58,29 @@ def pretrain(
     if dry_run:
         _dry_run(settled, json)
         return
-    from gnomon.recipes import pretrain_run as pr
-
-    place = folder or _new_run("pretrain", settled, runs)
-    console.on_interrupt(f"go on with: gnomon train pretrain --run {place} --resume auto")
-    with console.Stages() as stages:
-        facts = pr.run(
-            settled,
-            place,
-            data=data,
-            start=pr.start_at(found.path, changed, found.skipped),
-            origins=origins,
-            sinks=[console.Narrator()],
-            progress=stages,
-        )
+    with joined(settled.device) as team:
+        # One process decides where the run is and what it goes on from: another may see the disk a moment later.
+        place = Path(team.tell(str(folder or _new_run("pretrain", settled, runs)) if team.leader else ""))
+        start = pr.start_at(*team.tell([found.path and str(found.path), changed, found.skipped]))
+        console.on_interrupt(f"go on with: gnomon train pretrain --run {place} --resume auto")
+        with console.Stages() as stages:
+            facts = pr.run(
+                settled,
+                place,
+                data=data,
+                start=start,
+                origins=origins,
+                sinks=[console.Narrator()],  # the leader's events
+                progress=stages if team.leader else None,
+                team=team,
+            )
+        if not team.leader:
+            return
     if json:
         console.emit_json(facts)
     elif facts["stopped"]:
-        console.say(f"stopped behind step {facts['step']}, saved in {facts['checkpoint']}")
+        saved = f", saved in {facts['checkpoint']}" if facts["checkpoint"] else ""
+        console.say(f"stopped behind step {facts['step']}{saved}")
         console.say(f"go on with: gnomon train pretrain --run {place} --resume auto")
     else:
         console.say(f"done: {facts['checkpoint']}")
@@ -111,6 +118,11 @@ def _new_run(name: str, config: Any, root: Path) -> Path:
 
 _METACOG_FLAGS = ("base", "device", "run", "config", "runs", "dry-run", "json")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _go_on(place: Path | None) -> str:
+    """What a stopped run of the layer leaves."""
+    return "finished rollouts are kept; go on with the same command" + ("" if place is None else f" and --run {place}")
 
 
 @contextmanager
@@ -172,26 +184,32 @@ def metacog(
     from gnomon.recipes import claims
     from gnomon.recipes.metacog import run_metacog
 
-    if run is None:
-        opened = create_run("metacog", settled, root=runs, origins=origins, seed=settled.seed)
-    else:
-        (run / "metrics.jsonl").unlink(missing_ok=True)  # the heads are fitted from their first step again
-        opened = open_run(run, settled, origins=origins, seed=settled.seed)
-    go_on = f"finished rollouts are kept; go on with the same command and --run {opened.folder}"
+    place = run
     try:
-        with _terminable(), opened:
-            outcome = run_metacog(settled, opened)
-            page = claims.write(outcome, settled, opened.folder, f"gnomon: {settled.base}")
+        with _terminable():
+            if place is None:
+                opened = create_run("metacog", settled, root=runs, origins=origins, seed=settled.seed)
+            else:
+                (place / "metrics.jsonl").unlink(missing_ok=True)  # the heads are fitted from their first step again
+                opened = open_run(place, settled, origins=origins, seed=settled.seed)
+            place = opened.folder
+            with opened:
+                outcome = run_metacog(settled, opened)
+                page = claims.write(outcome, settled, place, f"gnomon: {settled.base}")
     except KeyboardInterrupt:
-        console.say(f"\nstopped: {go_on}")
+        console.say(f"\nstopped: {_go_on(place)}")
         if json:
-            console.emit_json({"run": str(opened.folder), "stopped": True})
+            console.emit_json({"run": str(place), "stopped": True})
         return
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
-        where = error.filename or opened.folder
-        raise DataError(f"cannot write to {str(where)!r}: {error.strerror}; make room, then: {go_on}") from None
+        where = error.filename or place
+        raise CheckpointError(
+            f"cannot write {str(where)!r}: {error.strerror}; make room, then: {_go_on(place)}"
+        ) from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_go_on(place)}") from None
     if json:
         console.emit_json({"run": str(opened.folder), "summary": outcome.summary, "seconds": outcome.seconds})
         return
