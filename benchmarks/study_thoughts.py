@@ -86,7 +86,7 @@ class Thought:
 class _Watch:
     """A soft rule that looks and does nothing."""
 
-    wants_margin, wants_answer = True, False
+    wants_margin, wants_answer, wants_confidence = True, False, False
 
     def __init__(self, seen: list[SoftView]) -> None:
         self._seen = seen

@@ -38,12 +38,13 @@ class Said:
     remaining: float = 0.0
     upper: int = 0
     gate: Tensor | None = None
+    at_boundaries: bool = True
 
 
 class Layer:
     """The stand-in's base: a layer that says nothing at boundaries, and acts on nothing."""
 
-    reads_boundaries = modulates = False
+    reads_boundaries = modulates = closes = False
     steering: Steering | None = None
 
     def policy(self, taps: Tensor, plans: Sequence[str]) -> list[None]:

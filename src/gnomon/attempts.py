@@ -50,13 +50,14 @@ def run(
     max_batch: int = 64,
     record_taps: bool = False,
     sample_boundary: bool = False,
+    all_boundaries: bool = False,
     max_answer_tokens: int = MAX_ANSWER_TOKENS,
     on_done: Callable[[int], object] | None = None,
 ) -> list[list[Attempt]]:
     """Decode all jobs; one list of rollouts per job, in order. on_done(n) counts finished rollouts.
 
     record_taps: keep the states at "prompt", "think" and "end"; sample_boundary: also at one node boundary per rollout,
-    drawn uniformly by a hash (all of them would fill the memory).
+    drawn uniformly by a hash (all of them would fill the memory); all_boundaries: at all, for a few hundred jobs.
     """
     prompts: dict[str, tuple[int, ...]] = {}
     requests = []
@@ -88,7 +89,9 @@ def run(
         if on_done:
             on_done(1)
 
-    reasoner.engine(max_batch).run(requests, record_taps=record_taps, record_boundaries=sample_boundary, on_trace=keep)
+    reasoner.engine(max_batch).run(
+        requests, record_taps=record_taps, record_boundaries=sample_boundary or all_boundaries, on_trace=keep
+    )
     return [sorted(rollouts, key=lambda a: a.trace.sample) for rollouts in found]
 
 

@@ -22,6 +22,7 @@ from gnomon.decoding.slack import (
     SlackStop,
     SoftRule,
     SoftView,
+    Sure,
     consult,
     factory,
     leaned,
@@ -337,7 +338,7 @@ def test_the_cost_of_every_rule_is_constant_in_the_length_of_the_trace() -> None
 class Pusher:
     """A rule that wants the opposite."""
 
-    wants_margin, wants_answer = False, False
+    wants_margin, wants_answer, wants_confidence = False, False, False
 
     def __init__(self, bias: float) -> None:
         self.bias = bias
@@ -401,6 +402,8 @@ def test_names_and_values_teach() -> None:
         ("slack", {"strength": -1.0}), ("margin", {"threshold": -0.1}), ("margin", {"threshold": math.nan}),
         ("cut", {"tokens": -1}), ("cut", {"tokens": True}), ("cut", {"tokens": 2.5}), ("loop", {"period": 0}),
         ("loop", {"repeats": 1}), ("loop", {"least": 2.0}), ("answer", {"threshold": 0.0}),
+        ("sure", {"threshold": 0.0}), ("sure", {"threshold": 1.1}), ("sure", {"patience": 0}),
+        ("sure", {"patience": 1.5}),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"rule '{name}': {next(iter(bad))} must be .* given"):
             rule(name, **bad)
@@ -427,3 +430,13 @@ def test_replay_measures_rules_on_recorded_thoughts() -> None:
     assert replay(Margin(0.9), views) is None and replay(Margin(3.0), views) == (2, "confidence")
     assert replay(FixedCut(3), views) == (3, "slack")
     assert replay(SlackStop(1.0, 3.0), views) == (4, "slack")  # 3 · 4/10 ≥ 1
+
+
+def test_sure_closes_where_the_confidence_stays_high_and_is_silent_where_it_is_unknown() -> None:
+    said = {2: 0.5, 4: 0.97, 5: 0.3, 7: 0.98, 9: 0.99}
+    views = [SoftView(used, 20, False, 5.0, 7, confidence=said.get(used, math.nan)) for used in range(12)]
+    assert replay(Sure(0.97), views) == (4, "confidence") and replay(Sure(0.975), views) == (7, "confidence")
+    assert replay(Sure(0.97, patience=2), views) == (9, "confidence"), "a fall in between starts again"
+    assert replay(Sure(0.97, patience=3), views) is None and replay(Sure(1.0), views) is None
+    unknown = [replace(v, confidence=math.nan) for v in views]
+    assert replay(Sure(1e-9), unknown) is None

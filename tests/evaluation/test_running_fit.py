@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gnomon.base.seeds import numpy_generator
-from gnomon.evaluation.running_fit import Boundaries, fit_running
+from gnomon.evaluation.running_fit import Boundaries, Closings, fit_running
 from gnomon.metacognition.calibration import sigmoid
 
 
@@ -66,3 +66,27 @@ def test_rows_of_one_problem_stay_in_one_fold_and_rows_without_a_reading_are_lef
 def test_few_rows_promise_nothing() -> None:
     assert fit_running(boundaries(60, "few"), 0.9) == (None, None)
     assert fit_running(boundaries(0, "none"), 0.9) == (None, None)
+
+
+def closings(n: int, name: object) -> Closings:
+    """Logits three times too bold and 2 too high, eight boundaries a problem."""
+    g = numpy_generator("closings", name)
+    z = 1.5 * g.normal(size=n)
+    return Closings(np.arange(n) // 8, 3.0 * (z + 2.0), g.random(n) < sigmoid(z), ("steps", "verify"))
+
+
+def test_with_trial_answers_the_scale_is_that_of_closing_there() -> None:
+    rows = boundaries(4000, "both")
+    plain, _ = fit_running(rows, 0.9)
+    running, report = fit_running(rows, 0.9, closings(20000, "fit"))
+    assert running is not None and plain is not None and report is not None
+    assert (running.offset, running.level, running.n) == (plain.offset, plain.level, plain.n), "the bound is as it was"
+    assert running.temperature == pytest.approx(3.0, rel=0.1) and running.shift == pytest.approx(-2.0, abs=0.15)
+    assert running.closing_plans == ("steps", "verify") and plain.closing_plans == ()
+    assert report["ece"] < 0.02 and report["n_closing"] == 20000
+
+
+def test_too_few_trial_answers_leave_the_confidence_unknown() -> None:
+    few = Closings(np.arange(30), np.zeros(30), np.arange(30) % 2 == 0, ("steps",))
+    running, report = fit_running(boundaries(4000, "both"), 0.9, few)
+    assert running is not None and running.closing_plans == () and report is not None and report["auroc"] is None

@@ -272,3 +272,59 @@ def test_cards_with_and_without_running_estimates_load(tmp_path: Path, heads: Me
     (tmp_path / "calibration.json").write_text(json.dumps(body))
     with pytest.raises(CheckpointError, match="changed after fitting"):
         Card.load(tmp_path)
+
+
+def closing_heads(closing: bool = True) -> MetacogHeads:
+    seed_torch("decide")
+    return MetacogHeads(MetacogConfig(n_layers=L, hidden_size=C, proj_dim=P, width=16, closing=closing)).eval()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_confidence_of_closing_holds_under_the_plans_it_was_fitted_on(taps: torch.Tensor, native: bool) -> None:
+    """Also where a user chose the plan, which no other confidence survives."""
+    made = closing_heads()
+    card = make_card(made, running=RUNNING.model_copy(update={"closing_plans": ("steps", "verify")}))
+    decider = Decider(made, card)
+    if not native:
+        decider.reader = TorchReader(made, card)
+    assert decider.closes
+    plans = ["steps", "verify", "direct", "decompose", "steps"]
+    flags = [b.at_boundaries for b in decider.budget(taps, plans, ["direct"] * N)]
+    assert flags == [True, True, False, False, True]
+    assert [b.calibrated for b in decider.budget(taps, plans, ["decompose"] * N)][:2] == [False, False]
+    used = [3, 4, 5, 6, 7]
+    said = decider.running(taps, plans, used, flags)
+    logit = made(taps, site_ids("boundary", N), torch.tensor(used).float()).conf_raw.double().detach().numpy()
+    want = RUNNING.confidence(logit)
+    assert [s.confidence is not None for s in said] == flags
+    assert [s.confidence for s in said if s.confidence is not None] == pytest.approx(want[[0, 1, 4]].tolist(), abs=1e-6)
+    mixed = decider.reached(taps, [False, True, False, False, False], plans, used, flags)
+    assert mixed[0] == pytest.approx(said[0]) and mixed[2].confidence is None
+    far = Decider(made, make_card(made, threshold=1e-6, running=card.running))
+    assert not any(b.at_boundaries for b in far.budget(taps, ["steps"] * N))
+
+
+def test_a_card_without_trial_answers_knows_no_confidence_of_closing(taps: torch.Tensor) -> None:
+    decider = Decider(closing_heads(), make_card(closing_heads(), running=RUNNING))
+    assert not decider.closes and decider.reads_boundaries
+    assert [r.confidence for r in decider.running(taps, ["steps"] * N, [1] * N)] == [None] * N
+    assert [r.upper for r in decider.running(taps, ["steps"] * N, [1] * N)] != [None] * N
+
+
+def test_heads_from_before_have_the_fingerprint_they_had(heads: MetacogHeads) -> None:
+    old = closing_heads(False)
+    old.load_state_dict(heads.state_dict())
+    assert old.fingerprint() == heads.fingerprint()
+    new = closing_heads()
+    new.load_state_dict(heads.state_dict())
+    assert new.fingerprint() != heads.fingerprint(), "the same numbers mean something else"
+
+
+def test_plans_of_closing_are_kept_and_checked(tmp_path: Path, heads: MetacogHeads) -> None:
+    card = make_card(heads, running=RUNNING.model_copy(update={"closing_plans": ("steps",)}))
+    card.save(tmp_path / "c.json")
+    assert Card.load(tmp_path / "c.json") == card
+    make_card(heads, running=RUNNING).save(tmp_path / "old.json")
+    assert "closing_plans" not in (tmp_path / "old.json").read_text(), "as older versions wrote it"
+    with pytest.raises(ValidationError, match="not among"):
+        make_card(heads, running=RUNNING.model_copy(update={"closing_plans": ("guess",)}))

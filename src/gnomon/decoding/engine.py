@@ -42,6 +42,10 @@ class Metacog(Protocol):
         """Whether `running` may be asked."""
 
     @property
+    def closes(self) -> bool:
+        """Whether its confidence at boundaries is that of closing there."""
+
+    @property
     def steering(self) -> Steering | None:
         """What the layer does to the base inside thoughts, None where it only reads."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -66,10 +67,12 @@ class Row:
         "sink",
         "source",
         "state",
+        "sure",
         "tapped",
         "taps",
         "think_end",
         "think_start",
+        "watched",
         "wished",
     )  # fmt: skip
 
@@ -108,6 +111,8 @@ class Row:
         self.boundaries: list[tuple[int, Any]] = []
         self.running: list[tuple[int, float, float | None]] = []
         self.read_next = 0  # think tokens from which on a boundary is read again
+        self.watched = any(rule.wants_confidence for rule in rules)  # every boundary is read
+        self.sure = math.nan  # confidence read at the last token, NaN where none was
         self.tapped = ""  # the site whose state is wanted when the present token is fed
         self.sink: Sink | None = None
         self._answer_rule = matcher(layout.end_answer)
@@ -191,6 +196,7 @@ class Row:
     def take(self, choice: int, logprob: float) -> int:
         """The model chose `choice` here; returns the token that is fed next. Sets `finish` when nothing follows."""
         self.tapped = ""
+        self.sure = math.nan
         self.inside = False
         if self.queue:
             token, self.queue = self.queue[0], self.queue[1:]
@@ -204,10 +210,14 @@ class Row:
         self._answer(choice, logprob)
         return choice
 
+    def note(self, choice: RunningChoice) -> None:
+        """A boundary was read: kept for the record and for the rules that ask."""
+        self.running.append((self.state.used, choice.remaining, choice.confidence))
+        self.sure = math.nan if choice.confidence is None else choice.confidence
+
     def estimate(self, choice: RunningChoice) -> None:
-        """A boundary was read: the cap may fall to what is still needed, or rise once by the grant."""
+        """The cap may fall to what is still needed here, or rise once by the grant."""
         state, request = self.state, self.request
-        self.running.append((state.used, choice.remaining, choice.confidence))
         need = state.used + choice.upper
         doubtful = choice.confidence is not None and choice.confidence < request.grant_below
         if doubtful and request.grant and state.cap is not None and need > state.cap:

@@ -77,6 +77,11 @@ class Session:
             key = sampling.stream_key(request.seed, request.id, sample)
             rules = () if self.engine.rules is None else self.engine.rules(request)
             row = Row(request, sample, key, self._ordered, self.layout, room, rules)
+            if row.watched and not (self.engine.metacog is not None and self.engine.metacog.closes):
+                raise ConfigError(
+                    "rule 'sure' needs a layer whose confidence at boundaries is that of closing there, and this model "
+                    "has none; train one with `gnomon train metacog --trial-n 3000`, or use margin, slack or cut"
+                )
             row.sink = self.sink
             self._ordered += 1
             found.append(row)
@@ -345,7 +350,7 @@ class Session:
     def _wants(self, row: Row) -> bool:
         if row.tapped == "end":
             return self.reads
-        return self.boundaries or self._due(row)
+        return self.boundaries or row.watched or self._due(row)
 
     def _due(self, row: Row) -> bool:
         """Whether the layer estimates again at this boundary."""
@@ -365,19 +370,22 @@ class Session:
         if metacog is None:
             return
         if self.boundaries:  # some stand here for the record only
-            asked = [n for n, row in enumerate(rows) if row.tapped == "end" or self._due(row)]
+            asked = [n for n, row in enumerate(rows) if row.tapped == "end" or row.watched or self._due(row)]
             rows, taps = [rows[n] for n in asked], picked(taps, asked)
         if not rows:
             return
         ends = [row.tapped == "end" for row in rows]
         known = [
-            row.before is not None and row.before.calibrated and (row.at_prediction or not end)
+            row.before is not None
+            and (row.before.calibrated and row.at_prediction if end else row.before.at_boundaries)
             for row, end in zip(rows, ends, strict=True)
         ]
         found = metacog.reached(taps, ends, [row.plan for row in rows], [row.state.used for row in rows], known)
         for row, end, choice in zip(rows, ends, found, strict=True):
             if end:
                 row.after = choice  # type: ignore[assignment]
-            else:
+                continue
+            row.note(choice)  # type: ignore[arg-type]
+            if self._due(row):
                 row.read_next = row.state.used + self.engine.running_every
                 row.estimate(choice)  # type: ignore[arg-type]

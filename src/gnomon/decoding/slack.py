@@ -12,6 +12,9 @@ How an engine asks them, once for every think position of a row that has rules:
     ... choose a token ...
     if leaned(look, margin, token, state.tag_next): state.lean()   # before `next`; else `slack` would read `natural`
 
+Learned. `sure` closes where a layer is sure enough that an answer given here is right: its confidence at boundaries,
+read from states that are there anyway.
+
 Baselines. The hard cut is no rule but a budget; `cut` closes at a number of tokens of its own. Both write the layout's
 transition before the end tag where it has one: hard cut with message. ThinkBrake is `margin`. `answer` (answer
 probability, Dynasor, DEER) needs a trial answer per boundary. No state that is there anyway holds it: every probe costs
@@ -42,7 +45,8 @@ class SoftView:
     used: think tokens counted. cap: the present one. boundary: the last token ended or began a node. margin: best logit
     minus that of the end tag's next token, ≥ 0; NaN where no rule wants it. last: the newest token of the block, -1 at
     the start. begun: tokens of an end tag that the model has begun. answer: length-normalised probability of a trial
-    answer given here, NaN where none was made (replay only).
+    answer given here, NaN where none was made (replay only). confidence: the layer's calibrated probability that
+    closing here gives a right answer; NaN where it is unknown or was not read (anywhere but behind a node boundary).
     """
 
     used: int
@@ -52,20 +56,23 @@ class SoftView:
     last: int
     begun: int = 0
     answer: float = NAN
+    confidence: float = NAN
 
     @classmethod
-    def of(cls, state: BudgetState, boundary: bool, margin: float, last: int) -> SoftView:
+    def of(cls, state: BudgetState, boundary: bool, margin: float, last: int, confidence: float = NAN) -> SoftView:
         """The view of a running request."""
-        return cls(state.used, state.cap, boundary, margin, last, state.held)
+        return cls(state.used, state.cap, boundary, margin, last, state.held, confidence=confidence)
 
 
 class SoftRule(Protocol):
-    """One running rule of one sample. wants_margin, wants_answer: whether it reads these fields of the view."""
+    """One running rule of one sample. wants_*: whether it reads these fields of the view."""
 
     @property
     def wants_margin(self) -> bool: ...
     @property
     def wants_answer(self) -> bool: ...
+    @property
+    def wants_confidence(self) -> bool: ...
 
     def look(self, view: SoftView) -> tuple[float, SoftCause | None]:
         """(bias for the logit of the end tag's next token, cause to close with at once or None)."""
@@ -137,7 +144,7 @@ class SlackStop:
 
 
 class _Slack:
-    wants_margin, wants_answer = True, False
+    wants_margin, wants_answer, wants_confidence = True, False, False
 
     def __init__(self, config: SlackStop) -> None:
         self._config, self._leaning = config, False
@@ -165,7 +172,7 @@ class Margin:
 
     threshold: float = 1.0
     wants_margin = True
-    wants_answer = False
+    wants_answer = wants_confidence = False
 
     def __post_init__(self) -> None:
         _check("margin", "threshold", self.threshold, lambda x: 0 <= x < math.inf, "a number ≥ 0, in logits")
@@ -182,7 +189,7 @@ class AnswerProbability:
     """Close at a boundary where a trial answer is probable enough. For `replay` only: probes cost extra passes."""
 
     threshold: float = 0.9
-    wants_margin = False
+    wants_margin = wants_confidence = False
     wants_answer = True
 
     def __post_init__(self) -> None:
@@ -196,12 +203,44 @@ class AnswerProbability:
 
 
 @dataclass(frozen=True)
+class Sure:
+    """Close where the layer's running confidence, "closing here is right", reaches `threshold`: the learned SlackStop.
+
+    patience: boundaries in a row at which it must do so, 1 = the first closes. Where the confidence is unknown (a
+    foreign prompt, a plan that the card was not fitted for) the rule is silent. It costs one read of the heads a
+    boundary and no extra pass.
+    """
+
+    threshold: float = 0.97
+    patience: int = 1
+
+    def __post_init__(self) -> None:
+        _check("sure", "threshold", self.threshold, lambda x: 0 < x <= 1, "in (0, 1], a probability")
+        _check("sure", "patience", self.patience, lambda x: isinstance(x, int) and x >= 1, "a whole number ≥ 1")
+
+    def fresh(self) -> SoftRule:
+        return _Sure(self)
+
+
+class _Sure:
+    wants_margin, wants_answer, wants_confidence = False, False, True
+
+    def __init__(self, config: Sure) -> None:
+        self._config, self._held = config, 0
+
+    def look(self, view: SoftView) -> tuple[float, SoftCause | None]:
+        if math.isnan(view.confidence):
+            return NOTHING
+        self._held = self._held + 1 if view.confidence >= self._config.threshold else 0
+        return (0.0, "confidence") if self._held >= self._config.patience else NOTHING
+
+
+@dataclass(frozen=True)
 class FixedCut:
     """Close at `tokens` think tokens, wherever that is: the constant policy, below whatever cap there is."""
 
     tokens: int
-    wants_margin = False
-    wants_answer = False
+    wants_margin = wants_answer = wants_confidence = False
 
     def __post_init__(self) -> None:
         _check("cut", "tokens", self.tokens, lambda x: isinstance(x, int) and x >= 0, "a whole number ≥ 0")
@@ -235,7 +274,7 @@ class LoopGuard:
 
 
 class _Loop:
-    wants_margin, wants_answer = False, False
+    wants_margin, wants_answer, wants_confidence = False, False, False
 
     def __init__(self, config: LoopGuard) -> None:
         self._window: deque[int] = deque(maxlen=config.period)  # newest first
@@ -260,6 +299,7 @@ class _Loop:
 RULES: Final[dict[str, Callable[..., RuleConfig]]] = {
     "slack": SlackStop,
     "margin": Margin,
+    "sure": Sure,
     "loop": LoopGuard,
     "cut": FixedCut,
     "answer": AnswerProbability,

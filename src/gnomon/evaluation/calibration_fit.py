@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gnomon.base.errors import DataError
 from gnomon.base.seeds import numpy_generator
 from gnomon.evaluation import metrics
-from gnomon.evaluation.running_fit import Boundaries, fit_running
+from gnomon.evaluation.running_fit import Boundaries, Closings, fit_running
 from gnomon.evaluation.scaling import conformal_offset, fit_scale, quality
 from gnomon.metacognition.calibration import (
     BudgetClip,
@@ -245,21 +245,23 @@ def fit_card(
     tolerance: float = 0.005,
     plan_tolerance: float = 0.0,
     min_plan_rows: int = 20,
+    closings: Closings | None = None,
 ) -> tuple[Card, dict[str, Any]]:
     """Fit everything on one calibration split.
 
     weights: fingerprint of the heads; cost_order: from the training labels; best_plan: per family, chosen on val.
     Confidence counts as calibrated only under plans with at least `min_plan_rows` chosen rows here (or all plans that
-    were chosen, when none has as many). Returns the card and a report with the numbers before and after scaling.
+    were chosen, when none has as many). closings: of heads that say whether closing at a boundary is right. Returns the
+    card and a report with the numbers before and after scaling.
     """
     tau, price, plan = _fit_choice(data, cost_order, plan_tolerance, best_plan)
     point = fit_operating(data, plan, cut, tolerance)
     fit_raw, fit_used = _needs(data, plan)
-    before = data.at(plan)(data.conf_before)
-    (t_before, b_before), (t_after, b_after) = (fit_scale(x, point.correct) for x in (before, point.conf_after))
+    before, after = data.at(plan)(data.conf_before), point.conf_after
+    (t_before, b_before), (t_after, b_after) = (fit_scale(x, point.correct) for x in (before, after))
     chosen = {data.plans[k]: int((plan == k).sum()) for k in range(len(data.plans))}
     fitted = [p for p, n in chosen.items() if n >= min_plan_rows] or [p for p, n in chosen.items() if n]
-    running, measured = _running(data, plan, point)
+    running, measured = _running(data, plan, point, closings)
     card = Card(
         weights=weights,
         plans=data.plans,
@@ -278,7 +280,7 @@ def fit_card(
             stream=stream,
             n=len(plan),
             before=quality(scaled(before, t_before, b_before), point.correct),
-            after=quality(scaled(point.conf_after, t_after, b_after), point.correct),
+            after=quality(scaled(after, t_after, b_after), point.correct),
         ),
     )
     report = _report(data, plan, point, chosen, best_plan) | {
@@ -287,8 +289,7 @@ def fit_card(
         "running": measured,
         "clip_coverage": metrics.coverage(card.clip_budget(fit_raw, "tested"), fit_used),
         "unscaled": {
-            name: quality(sigmoid(x), point.correct).model_dump()
-            for name, x in (("before", before), ("after", point.conf_after))
+            name: quality(sigmoid(x), point.correct).model_dump() for name, x in (("before", before), ("after", after))
         },
     }
     return card, report
@@ -315,7 +316,7 @@ def _fit_choice(
 
 
 def _running(
-    data: Uncapped, plan: Ints, point: OperatingPoint, enough: int = 200
+    data: Uncapped, plan: Ints, point: OperatingPoint, closings: Closings | None, enough: int = 200
 ) -> tuple[Running | None, dict[str, Any] | None]:
     """Running estimates at boundaries that the operating point reaches; of all plans where these are too few."""
     used, remaining, budget, conf = (
@@ -332,7 +333,7 @@ def _running(
         conf_raw=conf[held], solved=(data.correct & data.closed)[held], correct=outcome[held],
         budget_before=data.budget_raw[held], conf_before=data.conf_before[held],
     )  # fmt: skip
-    return fit_running(rows, point.level)
+    return fit_running(rows, point.level, closings)
 
 
 def _report(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gnomon.base.seeds import numpy_generator
 from gnomon.evaluation import metrics
 from gnomon.evaluation.scaling import conformal_offset, fit_scale, quality
-from gnomon.metacognition.calibration import Running
+from gnomon.metacognition.calibration import Running, scaled
 
 LEAST: Final = 40  # rows, and solved rows, of a fold below which there is nothing to promise
 MIN_LEVEL: Final = 0.95
@@ -47,18 +47,35 @@ class Boundaries:
         return Boundaries(*(getattr(self, f.name)[held] for f in fields(self)))
 
 
-def fit_running(rows: Boundaries, level: float) -> tuple[Running | None, dict[str, Any] | None]:
+@dataclass(frozen=True)
+class Closings:
+    """Confidence logits conf_raw at boundaries beside `right`: closed there, the answer is right. problem: its number.
+
+    All [T]; plans: those of the thoughts.
+    """
+
+    problem: Ints
+    conf_raw: Floats
+    right: Bools
+    plans: tuple[str, ...]
+
+    def where(self, held: Bools) -> Closings:
+        """The rows at which held [T] is true."""
+        return Closings(self.problem[held], self.conf_raw[held], self.right[held], self.plans)
+
+
+def fit_running(
+    rows: Boundaries, level: float, closings: Closings | None = None
+) -> tuple[Running | None, dict[str, Any] | None]:
     """Offset and scale from all rows; the numbers reported come from two folds of problems, each read by the other's.
 
     level: of the operating clip; the bound covers max(level, 0.95) of the needs, because a cap that falls at every
-    boundary takes the least of several bounds. (None, None) with too few rows.
+    boundary takes the least of several bounds. closings: with them confidence is that of closing at the boundary, and
+    its scale and its numbers come from these rows. (None, None) with too few rows.
     """
     rows = rows.where(np.isfinite(rows.budget_raw) & np.isfinite(rows.conf_raw))
     level = max(level, MIN_LEVEL)
-    names = np.unique(rows.problem)
-    fold = np.zeros(len(names), dtype=np.int64)
-    fold[numpy_generator("running-folds").permutation(len(names))] = np.arange(len(names)) % 2
-    side = fold[np.searchsorted(names, rows.problem)]
+    side = _folds(rows.problem)
     halves = [rows.where(side == k) for k in (0, 1)]
     if min(int(half.solved.sum()) for half in halves) < LEAST:
         return None, None
@@ -67,7 +84,30 @@ def fit_running(rows: Boundaries, level: float) -> tuple[Running | None, dict[st
         other = _fit(halves[1 - k], level)
         upper[side == k] = other.upper(halves[k].budget_raw)
         prob[side == k] = other.confidence(halves[k].conf_raw)
-    return _fit(rows, level), _report(rows, upper, prob, level)
+    found, report = _fit(rows, level), _report(rows, upper, prob, level)
+    return (found, report) if closings is None else _closing(found, report, closings)
+
+
+def _folds(problem: Ints) -> Ints:
+    """0 or 1 per row, the same for all rows of a problem."""
+    names = np.unique(problem)
+    fold = np.zeros(len(names), dtype=np.int64)
+    fold[numpy_generator("running-folds").permutation(len(names))] = np.arange(len(names)) % 2
+    return fold[np.searchsorted(names, problem)]
+
+
+def _closing(found: Running, report: dict[str, Any], closings: Closings) -> tuple[Running, dict[str, Any]]:
+    """The same bounds with the confidence of closing at the boundary; unknown (no plans) with too few labels."""
+    side, prob = _folds(closings.problem), np.zeros(len(closings.problem))
+    halves = [closings.where(side == k) for k in (0, 1)]
+    if min(min(int(half.right.sum()), int((~half.right).sum())) for half in halves) < LEAST // 2:
+        return found, {**report, "n_closing": len(prob), "ece": None, "brier": None, "auroc": None}
+    for k in (0, 1):
+        prob[side == k] = scaled(halves[k].conf_raw, *fit_scale(halves[1 - k].conf_raw, halves[1 - k].right))
+    temperature, shift = fit_scale(closings.conf_raw, closings.right)
+    whole = {"temperature": temperature, "shift": shift, "closing_plans": closings.plans}
+    told = {"n_closing": len(prob), **quality(prob, closings.right).model_dump(include={"ece", "brier", "auroc"})}
+    return found.model_copy(update=whole), {**report, **told, "auroc_before": None}
 
 
 def _fit(rows: Boundaries, level: float) -> Running:

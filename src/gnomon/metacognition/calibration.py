@@ -104,7 +104,8 @@ class Running(_Frozen):
     """Running estimates at node boundaries (row C8).
 
     offset: in log1p(tokens), on the predicted remainder; with it `level` of the needs of solutions fit (n of them).
-    temperature, shift: of the confidence logit read there.
+    temperature, shift: of the confidence logit read there. closing_plans: that confidence is of closing at the
+    boundary, and was fitted on trial answers under these plans; empty: it is of the whole thought.
     """
 
     offset: float
@@ -112,6 +113,7 @@ class Running(_Frozen):
     temperature: float = Field(gt=0.0)
     shift: float
     n: int = Field(ge=1)
+    closing_plans: tuple[str, ...] = ()
 
     def upper(self, raw: Floats) -> NDArray[np.int64]:
         """Predicted log1p(remaining tokens) [N] -> conformal upper bound in whole tokens [N]."""
@@ -171,7 +173,8 @@ class Card(_Frozen):
             raise ValueError(f"version {self.version} is not {VERSION}; run `gnomon calibrate` again")
         if sorted(self.cost_order) != sorted(self.plans):
             raise ValueError(f"cost_order {self.cost_order} is not a permutation of plans {self.plans}")
-        foreign = [p for p in (*self.fitted_plans, *self.best_plan.values()) if p not in self.plans]
+        closing = () if self.running is None else self.running.closing_plans
+        foreign = [p for p in (*self.fitted_plans, *self.best_plan.values(), *closing) if p not in self.plans]
         if foreign:
             raise ValueError(f"plans {foreign} are not among {self.plans}")
         return self
@@ -182,8 +185,13 @@ class Card(_Frozen):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _body(self) -> dict[str, Any]:
-        absent = {name for name in ("running", "plan_price") if getattr(self, name) is None}
-        return self.model_dump(mode="json", exclude=absent)
+        body = self.model_dump(mode="json")
+        for name in ("running", "plan_price"):
+            if body[name] is None:
+                del body[name]
+        if self.running is not None and not self.running.closing_plans:
+            del body["running"]["closing_plans"]
+        return body
 
     def save(self, path: Path) -> None:
         """Write the card as JSON (with its digest) to a file; a folder gets the usual file name."""

@@ -23,6 +23,8 @@ class MetacogConfig(BaseModel):
     experts_per_layer: plan/budget/confidence experts per layer, mixed by a learned softmax gate.
     values: also say, per plan, how likely it solves the problem and what it costs (False in layers of older files).
     policy: entries of policy.GRID that a decoding-policy head tells apart; 0 = no such head.
+    closing: what confidence at boundaries is of: that closing there gives a right answer; False (all layers from before
+    2026-11-21, fifth session): that the whole thought will.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +40,7 @@ class MetacogConfig(BaseModel):
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     values: bool = False
     policy: int = 0
+    closing: bool = False
 
     @model_validator(mode="after")
     def _names(self) -> MetacogConfig:

@@ -30,7 +30,8 @@ class BudgetDecision(NamedTuple):
 
     confidence: probability of a right answer, None when unknown; calibrated: the card holds for this prompt and plan.
     raw: the confidence logit (for fitting only); distance: of the state from the card's domain, None without a card
-    and where it is no number. gate: the feedback gate's factors [C], None without one.
+    and where it is no number. gate: the feedback gate's factors [C], None without one. at_boundaries: the card holds
+    for the confidence that is read at this thought's boundaries.
     """
 
     predicted: float
@@ -40,6 +41,7 @@ class BudgetDecision(NamedTuple):
     raw: float
     distance: float | None = None
     gate: Tensor | None = None
+    at_boundaries: bool = False
 
 
 class AfterDecision(NamedTuple):
@@ -53,7 +55,8 @@ class AfterDecision(NamedTuple):
 class RunningDecision(NamedTuple):
     """At a boundary: remaining think tokens expected, their conformal upper bound in whole tokens, never negative.
 
-    confidence: probability of a right answer, None when unknown; raw: its logit.
+    confidence: None when unknown; for heads with `closing` the probability that closing here gives a right answer, for
+    others that the whole thought does. raw: its logit.
     """
 
     remaining: float
@@ -104,6 +107,12 @@ class Decider:
         return self.card is not None and self.card.running is not None
 
     @property
+    def closes(self) -> bool:
+        """Whether the confidence at boundaries is, calibrated, that of closing there."""
+        running = None if self.card is None else self.card.running
+        return self.heads.config.closing and running is not None and bool(running.closing_plans)
+
+    @property
     def modulates(self) -> bool:
         """Whether the heads know decoding policies; without them `policy` says identity."""
         return self._policies is not None
@@ -131,9 +140,12 @@ class Decider:
             expected, clipped, prob, logit, distance = row
             gate = None if gates is None else gates[i]
             # A distance that is no number is foreign.
-            known = card is not None and distance <= card.domain.threshold and card.covers(plan, predicted_plan=wish)
+            home = card is not None and distance <= card.domain.threshold
+            known = home and card is not None and card.covers(plan, predicted_plan=wish)
+            later = home and self._covers(plan) if self.heads.config.closing else known
             far = distance if math.isfinite(distance) else None
-            rows.append(BudgetDecision(expected, int(clipped), prob if known else None, known, logit, far, gate))
+            said = prob if known else None
+            rows.append(BudgetDecision(expected, int(clipped), said, known, logit, far, gate, later))
         return rows
 
     def policy(self, taps: Tensor, plans: Sequence[str]) -> list[Sampling | None]:
@@ -164,7 +176,7 @@ class Decider:
     ) -> list[RunningDecision]:
         """taps [B, L, C] at node boundaries, think tokens used so far -> what is still needed, one per row.
 
-        calibrated: the rows' flags from `budget`; by default only the plan is judged. Raises ModelError where
+        calibrated: the rows' `at_boundaries` from `budget`; by default only the plan is judged. Raises ModelError where
         `reads_boundaries` is false.
         """
         card = self.card
@@ -173,7 +185,7 @@ class Decider:
         assert len(plans) == taps.shape[0] == len(used), "one plan and one count per row"
         flags = [True] * len(plans) if calibrated is None else calibrated
         return [
-            RunningDecision(rest, int(upper), prob if flag and card.covers(plan) else None, logit)
+            RunningDecision(rest, int(upper), prob if flag and self._covers(plan) else None, logit)
             for (rest, upper, prob, logit), flag, plan in zip(
                 self.reader.running(taps, used), flags, plans, strict=True
             )
@@ -184,7 +196,8 @@ class Decider:
     ) -> list[AfterDecision | RunningDecision]:
         """`after` for the rows that ends [B] names and `running` for the others, in one read.
 
-        Raises ModelError where a row stands at a boundary and `reads_boundaries` is false.
+        calibrated: the rows' `calibrated` at end tags, `at_boundaries` at boundaries. Raises ModelError where a row
+        stands at a boundary and `reads_boundaries` is false.
         """
         if all(ends):
             return list(self.after(taps, plans, used, calibrated))
@@ -197,10 +210,17 @@ class Decider:
         rows: list[AfterDecision | RunningDecision] = []
         read = self.reader.reached(taps, ends, used)
         for (rest, upper, prob, logit), end, flag, plan in zip(read, ends, calibrated, plans, strict=True):
-            known = flag and card.covers(plan)
+            known = flag and (card.covers(plan) if end else self._covers(plan))
             said = prob if known else None
             rows.append(AfterDecision(said, known, logit) if end else RunningDecision(rest, int(upper), said, logit))
         return rows
+
+    def _covers(self, plan: str) -> bool:
+        """Whether the card's running confidence was fitted under this plan."""
+        card = self.card
+        if card is None or card.running is None:
+            return False
+        return plan in card.running.closing_plans if self.heads.config.closing else card.covers(plan)
 
     def _check(self, plans: Sequence[str], taps: Tensor) -> None:
         for name in plans:

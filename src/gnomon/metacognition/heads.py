@@ -129,7 +129,7 @@ class MetacogHeads(nn.Module):
     def fingerprint(self) -> str:
         """Hash of configuration and weights; a calibration card is bound to it."""
         # A field that older layers lack does not enter, so that their cards still belong to them.
-        absent = {name for name in ("values", "policy") if not getattr(self.config, name)}
+        absent = {name for name in ("values", "policy", "closing") if not getattr(self.config, name)}
         digest = hashlib.sha256(self.config.model_dump_json(exclude=absent).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}:{tuple(tensor.shape)}".encode())

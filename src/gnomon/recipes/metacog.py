@@ -21,6 +21,7 @@ from gnomon.evaluation import runner
 from gnomon.evaluation.baselines import best_strategy
 from gnomon.evaluation.calibration_fit import Uncapped, fit_card
 from gnomon.evaluation.records import EvalRecord
+from gnomon.evaluation.running_fit import Closings
 from gnomon.evaluation.sweep import Sweep
 from gnomon.metacognition import store
 from gnomon.metacognition.calibration import Card
@@ -33,11 +34,12 @@ from gnomon.recipes import draws, phases
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
 from gnomon.training.adapt import AdaptConfig
-from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy
-from gnomon.training.labels import LabelSet
+from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy, read_trials
+from gnomon.training.labels import FACTS_FILE, LabelSet, cache_folder
 from gnomon.training.phase_fit import PhaseConfig
 from gnomon.training.policy_rates import policy_rates
-from gnomon.training.rollout import problem_id
+from gnomon.training.rollout import label_trials, problem_id
+from gnomon.training.trials import Trials
 
 
 class MetacogRunConfig(Config):
@@ -62,6 +64,11 @@ class MetacogRunConfig(Config):
         default=0.004, ge=0, lt=1, description="accuracy that the choice of plans may give up for cheaper ones"
     )
     clip_tolerance: float = Field(default=0.001, ge=0, lt=1, description="accuracy that the budget clip may give up")
+    trial_n: int = Field(
+        default=0, ge=0,
+        description="train problems with a trial answer at every node boundary, which make the running confidence that "
+        "of closing there (rule sure); 0 = none, it is that of the whole thought",
+    )  # fmt: skip
     labels: str | None = Field(default=None, description="a folder of labels from an earlier run with this base")
     policy_samples: int = Field(
         default=0, ge=0, description="rollouts per sampler setting for a decoding policy; 0 = none is learned"
@@ -74,6 +81,8 @@ class MetacogRunConfig(Config):
     b: PhaseConfig = PhaseConfig()
     c: PhaseConfig = PhaseConfig(rounds=2, capped=0.5, adapt=AdaptConfig(mode="last_k", last_k=1))
 
+
+TRIAL_CALIBRATION = 1000  # problems whose trial answers scale the confidence at boundaries; two numbers are fitted
 
 # A real pretrained base on a CPU: two strategies, short thoughts, greedy and one sampled rollout. Its wide states make
 # a step of the heads dear, and a few hundred problems are soon learned.
@@ -113,6 +122,27 @@ def draw_labels(base: Reasoner, config: MetacogRunConfig, split: str, n: int, sa
     )  # fmt: skip
 
 
+def draw_trials(base: Reasoner, config: MetacogRunConfig, split: str, n: int, cache: Path | None) -> Trials:
+    """Trial answers at the boundaries of `n` problems of a split, from the cache when they were made before."""
+    strategies = config.strategies or base.codec.strategies
+    facts = {
+        **draws.acting(base), "trials": 1, "tasks": config.tasks, "split": split, "n": n, "levels": config.levels,
+        "stream": config.stream, "cap": config.max_think, "strategies": strategies,
+    }  # fmt: skip
+    folder = None if cache is None else cache_folder(cache, facts)
+    if folder is not None and (folder / FACTS_FILE).is_file():
+        return Trials.load(folder)
+    items = problems(config.tasks, split, config.stream, n, config.levels)
+    with Progress(f"trial answers ({split})", n * len(strategies)) as bar:
+        found = label_trials(
+            base, items, strategies=strategies, cap=config.max_think, max_batch=config.max_batch, on_done=bar.advance,
+            meta=facts,
+        )  # fmt: skip
+    if folder is not None:
+        found.save(folder)
+    return found
+
+
 def calibrate(
     base: Reasoner,
     heads: MetacogHeads,
@@ -121,8 +151,12 @@ def calibrate(
     cost_order: Sequence[str],
     config: MetacogRunConfig,
     best_plan: dict[str, str],
+    cache: Path | None = None,
 ) -> tuple[Card, dict[str, Any]]:
-    """Fit the card on greedy outcomes of the calibration split; rows that the clip would cut are decoded cut."""
+    """Fit the card on greedy outcomes of the calibration split; rows that the clip would cut are decoded cut.
+
+    Heads that say whether closing at a boundary is right are calibrated on trial answers, kept in `cache`.
+    """
     steerer = None if base.decider is None else base.decider.steerer
     bare = replace(base, decider=Decider(heads, None, steerer))
 
@@ -136,6 +170,7 @@ def calibrate(
         return np.array([a.correct for a in found]), np.array([0.0 if x is None else x for x in after])
 
     greedy = read_greedy(heads, labels)
+    closings = _closings(bare, heads, config, cache) if heads.config.closing else None
     return fit_card(
         Uncapped(**greedy),
         cost_order,
@@ -146,7 +181,15 @@ def calibrate(
         cut=cut,
         tolerance=config.clip_tolerance,
         plan_tolerance=config.plan_tolerance,
+        closings=closings,
     )
+
+
+def _closings(base: Reasoner, heads: MetacogHeads, config: MetacogRunConfig, cache: Path | None) -> Closings:
+    """What the heads say at boundaries of up to `TRIAL_CALIBRATION` calibration problems, beside the trial answers."""
+    found = draw_trials(base, config, "calibration", min(config.calibration_n, TRIAL_CALIBRATION), cache)
+    plans = tuple(name for k, name in enumerate(found.plans) if (found.plan == k).any())
+    return Closings(found.problem, read_trials(heads, found), found.right, plans)
 
 
 def recalibrate(reasoner: Reasoner, config: MetacogRunConfig) -> tuple[Card, dict[str, Any]]:
@@ -190,10 +233,11 @@ def train(
             raise DataError(f"the labels in {config.labels} were made by another base than {config.base}; label again")
     else:
         labels = draw_labels(base, config, "train", config.label_n, config.samples, cache)
+    trials = draw_trials(base, config, "train", config.trial_n, cache) if config.trial_n else None
     rates = _policy_rates(base, labels, config) if config.policy_samples else None
     with Progress("fit heads", config.heads.steps) as bar:
         heads, report = fit_heads(
-            labels, config.heads, config.seed, policy_rates=rates, device=config.device,
+            labels, config.heads, config.seed, policy_rates=rates, device=config.device, trials=trials,
             on_step=lambda step, row: _tick(bar, step, row, on_step),
         )  # fmt: skip
     reasoner = replace(base, decider=Decider(heads))
@@ -238,7 +282,7 @@ def _with_card(
     best = best_strategy(held["family"], held["correct"], held["used"], val.strategies)
     calibration = draw_labels(reasoner, config, "calibration", config.calibration_n, 0, cache)
     items = problems(config.tasks, "calibration", config.stream, config.calibration_n, config.levels)
-    card, report = calibrate(reasoner, heads, calibration, items, cost_order, config, best)
+    card, report = calibrate(reasoner, heads, calibration, items, cost_order, config, best, cache)
     return replace(reasoner, decider=Decider(heads, card, steerer), best_plan={**reasoner.best_plan, **best}), report
 
 

@@ -13,15 +13,27 @@ from gnomon.base.errors import DataError
 from gnomon.base.seeds import fraction
 from gnomon.metacognition.policy import policy_labels
 from gnomon.training.labels import HeadData, LabelSet
+from gnomon.training.trials import Trials
 
 
 class HeadRows:
     """The arrays of one part of a label set as tensors on one device; fields and units as in `HeadData`.
 
-    policy [T] int64: the best entry of the sampler grid for every think row, -1 = no label.
+    policy [T] int64: the best entry of the sampler grid for every think row, -1 = no label. closing [R, L, C],
+    closing_used [R], closing_right [R]: boundaries with trial answers (`Trials`), none without them.
     """
 
-    def __init__(self, data: HeadData, policy: NDArray[np.int64], problems: NDArray[np.bool_], device: str) -> None:
+    def __init__(
+        self,
+        data: HeadData,
+        policy: NDArray[np.int64],
+        problems: NDArray[np.bool_],
+        device: str,
+        trials: Trials | None = None,
+        tried: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """problems [P], tried [R] of `trials`: the rows that are taken."""
+
         def take(x: NDArray[Any], rows: NDArray[np.bool_]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(x[rows])).to(device)
 
@@ -35,6 +47,12 @@ class HeadRows:
         at, rows = data.boundary, problems[data.boundary.row]
         self.boundary, self.spent, self.need = take(at.taps, rows), take(at.used, rows), take(at.need, rows)
         self.need_censored, self.outcome = take(at.censored, rows), take(at.correct, rows)
+        if trials is None or tried is None:
+            self.closing, self.closing_used, self.closing_right = self.boundary[:0], self.spent[:0], self.outcome[:0]
+        else:
+            self.closing = take(trials.taps, tried)
+            self.closing_used = take(trials.used.astype(np.float32), tried)
+            self.closing_right = take(trials.right.astype(np.float32), tried)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,18 +60,23 @@ class HeadRows:
         n_layers, hidden_size = self.prompt.shape[1:]
         return n_layers, hidden_size
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Rows at the prompt, the think tag, the end tag and at boundaries."""
-        return len(self.plan), len(self.share), len(self.correct), len(self.outcome)
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Rows at the prompt, the think tag, the end tag, at boundaries, and at boundaries with trial answers."""
+        return len(self.plan), len(self.share), len(self.correct), len(self.outcome), len(self.closing_right)
 
 
 def split(
-    labels: LabelSet, rates: NDArray[np.floating[Any]] | None, share: float, device: str
+    labels: LabelSet,
+    rates: NDArray[np.floating[Any]] | None,
+    share: float,
+    device: str,
+    trials: Trials | None = None,
 ) -> tuple[HeadRows, HeadRows, int]:
     """(training rows, rows for early stopping, entries of the policy head); a problem is on one side as a whole.
 
     rates [P, K, G]: pass rates of the sampler grid, None = no policy head; share: of problems held out, by hash of
-    their id. Raises DataError with too few problems or rates that do not fit them.
+    their id, of labels and trials alike. Raises DataError with too few problems, and with rates or trials that do not
+    fit them.
     """
     data = labels.arrays()
     entries, policy = _policy(labels, rates)
@@ -63,7 +86,14 @@ def split(
             f"{len(labels.problems)} problems ({int((data.plan >= 0).sum())} solved by some strategy) are too few to "
             "train heads on; label more problems or easier ones"
         )
-    return HeadRows(data, policy, ~held, device), HeadRows(data, policy, held, device), entries
+    tried = None
+    if trials is not None:
+        mine, theirs = list(trials.taps.shape[1:]), list(data.prompt_taps.shape[1:])
+        if mine != theirs:
+            raise DataError(f"the trial answers have states {mine}, the labels {theirs}; make both with one base")
+        tried = np.array([fraction("heads-inner-val", p) < share for p in trials.problems])[trials.problem]
+    train = HeadRows(data, policy, ~held, device, trials, None if tried is None else ~tried)
+    return train, HeadRows(data, policy, held, device, trials, tried), entries
 
 
 def whole(labels: LabelSet, device: str = "cpu") -> HeadRows:

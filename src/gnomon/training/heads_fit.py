@@ -19,10 +19,11 @@ from gnomon.metacognition.heads import MetacogHeads, MetacogOutput, plan_agreeme
 from gnomon.training import objectives
 from gnomon.training.head_rows import HeadRows, split
 from gnomon.training.labels import LabelSet, Rollout
-from gnomon.training.loop import fit
+from gnomon.training.loop import each, fit
 from gnomon.training.objectives import LossWeights
+from gnomon.training.trials import Trials
 
-SITES_IN_ORDER = (PROMPT, THINK_SITE, END, BOUNDARY)  # of the rows of a batch
+SITES_IN_ORDER = (PROMPT, THINK_SITE, END, BOUNDARY, BOUNDARY)  # of the rows of a batch
 
 
 class HeadsConfig(BaseModel):
@@ -51,24 +52,27 @@ class HeadsConfig(BaseModel):
     plan_smoothing: float = Field(default=0.05, ge=0.0, lt=1.0)
     weights: LossWeights = LossWeights()
 
-    def metacog(self, n_layers: int, hidden_size: int, plans: tuple[str, ...], policy: int = 0) -> MetacogConfig:
+    def metacog(
+        self, n_layers: int, hidden_size: int, plans: tuple[str, ...], policy: int = 0, closing: bool = False
+    ) -> MetacogConfig:
         """The shape of the heads for a backbone with these taps; policy: entries of its grid, 0 = no such head."""
         shared = self.model_dump(include={"proj_dim", "width", "aggregator", "layers", "experts_per_layer", "dropout"})
         return MetacogConfig(
-            n_layers=n_layers, hidden_size=hidden_size, plans=plans, values=True, policy=policy, **shared
-        )
+            n_layers=n_layers, hidden_size=hidden_size, plans=plans, values=True, policy=policy, closing=closing,
+            **shared,
+        )  # fmt: skip
 
 
 def head_losses(
     heads: MetacogHeads, data: HeadRows, rows: Sequence[Tensor], smoothing: float = 0.0
 ) -> tuple[dict[str, Tensor], MetacogOutput]:
-    """Losses on rows of the prompt, think, end and boundary states (in this order); one forward pass."""
-    p, t, e, m = rows
-    n = (len(p), len(t), len(e), len(m))
-    taps = torch.cat([data.prompt[p], data.think[t], data.end[e], data.boundary[m]])
-    used = torch.cat([torch.zeros(n[0] + n[1], device=taps.device), data.used[e], data.spent[m]])
+    """Losses on rows of the prompt, think, end, boundary and trial states (in this order); one forward pass."""
+    p, t, e, m, r = rows
+    n = (len(p), len(t), len(e), len(m), len(r))
+    taps = torch.cat([data.prompt[p], data.think[t], data.end[e], data.boundary[m], data.closing[r]])
+    used = torch.cat([torch.zeros(n[0] + n[1], device=taps.device), data.used[e], data.spent[m], data.closing_used[r]])
     out: MetacogOutput = heads(taps, _sites(n, taps.device), used, per_layer=True)
-    a, b, c = n[0], n[0] + n[1], n[0] + n[1] + n[2]
+    a, b, c, d = n[0], n[0] + n[1], sum(n[:3]), sum(n[:4])
     plan_pl, budget_pl, conf_pl = (out.per_layer[k] for k in ("plan_logits_pl", "budget_raw_pl", "conf_raw_pl"))
     need, cut, share, right = data.budget[t], data.censored[t], data.share[t], data.correct[e]
     parts = {
@@ -80,9 +84,8 @@ def head_losses(
         "conf_after": objectives.confidence_bce(out.conf_raw[b:c], right),
         "conf_rank": objectives.confidence_rank(out.conf_raw[a:b], share)
         + objectives.confidence_rank(out.conf_raw[b:c], right),
-        "boundary_budget": objectives.budget_error(out.budget_raw[c:], data.need[m], data.need_censored[m]),
-        "boundary_conf": objectives.confidence_bce(out.conf_raw[c:], data.outcome[m]),
-        "boundary_rank": objectives.confidence_rank(out.conf_raw[c:], data.outcome[m]),
+        "boundary_budget": objectives.budget_error(out.budget_raw[c:d], data.need[m], data.need_censored[m]),
+        **_at_boundaries(heads, out.conf_raw[c:d], data.outcome[m], out.conf_raw[d:], data.closing_right[r]),
         "layer_plan": objectives.plan_ce(plan_pl[:a], data.plan[p], smoothing),
         "layer_budget": objectives.budget_error(budget_pl[a:b], need, cut),
         "layer_conf": objectives.confidence_bce(conf_pl[a:b], share) + objectives.confidence_bce(conf_pl[b:c], right),
@@ -92,6 +95,21 @@ def head_losses(
     if out.policy_logits is not None:
         parts["policy"] = objectives.policy_ce(out.policy_logits[a:b], data.policy[t])
     return parts, out
+
+
+def _at_boundaries(
+    heads: MetacogHeads, logit: Tensor, outcome: Tensor, closing: Tensor, right: Tensor
+) -> dict[str, Tensor]:
+    """Losses of the confidence at boundaries: closing there is right, or for heads without it, the whole thought is."""
+    if heads.config.closing:
+        return {
+            "closing": objectives.confidence_bce(closing, right),
+            "closing_rank": objectives.confidence_rank(closing, right),
+        }
+    return {
+        "boundary_conf": objectives.confidence_bce(logit, outcome),
+        "boundary_rank": objectives.confidence_rank(logit, outcome),
+    }
 
 
 def _values(out: MetacogOutput, n: int, solve: Tensor, cost: Tensor) -> dict[str, Tensor]:
@@ -112,18 +130,20 @@ def fit_heads(
     policy_rates: NDArray[np.floating[Any]] | None = None,
     device: str = "cpu",
     on_step: Any = None,
+    trials: Trials | None = None,
 ) -> tuple[MetacogHeads, dict[str, Any]]:
     """Train heads on a label set; the best state on the inner validation problems is kept.
 
     policy_rates [P, K, G]: share right of every problem and plan (in the label set's order) under each of the first G
-    entries of policy.GRID, NaN = not measured; with them the heads get a decoding policy.
+    entries of policy.GRID, NaN = not measured; with them the heads get a decoding policy. trials: trial answers at
+    boundaries; with them confidence there is that of closing there, without them that of the whole thought.
     on_step(step, row) sees every row of the loop (for progress and metrics). Returns (heads in eval mode on the CPU,
     report {train, val, steps, best_step, seconds, curve, telemetry, labels}). Raises DataError with too few problems.
     """
     config = config or HeadsConfig()
-    train, val, entries = split(labels, policy_rates, config.inner_val, device)
+    train, val, entries = split(labels, policy_rates, config.inner_val, device, trials)
     seed_torch("heads", seed)
-    heads = MetacogHeads(config.metacog(*train.shape, labels.strategies, entries)).to(device)
+    heads = MetacogHeads(config.metacog(*train.shape, labels.strategies, entries, trials is not None)).to(device)
     _initialise(heads, train)
     best: dict[str, Any] = {"score": math.inf, "state": copy.deepcopy(heads.state_dict()), "step": 0, "stale": 0}
     curve: list[dict[str, float]] = []
@@ -140,7 +160,7 @@ def fit_heads(
         if step % config.eval_every and step != config.steps:
             return False
         scores = evaluate_heads(heads, val, config.weights)
-        curve.append({"step": float(step), "train/loss": row["loss"], **{f"val/{k}": v for k, v in scores.items()}})
+        curve.append({"step": float(step), "train/loss": row["loss"]} | {f"val/{k}": v for k, v in scores.items()})
         if scores["loss"] < best["score"] - 1e-4:
             best.update(score=scores["loss"], state=copy.deepcopy(heads.state_dict()), step=step, stale=0)
         else:
@@ -149,19 +169,16 @@ def fit_heads(
 
     heads.train()
     optimizer = torch.optim.AdamW(_groups(heads, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
-    result = fit(step_loss, [optimizer], config.steps, schedule=warm_cosine(config.warmup), clip=1.0, on_step=watch)
+    plan = warm_cosine(config.warmup)
+    result = fit(each(step_loss), [optimizer], config.steps, schedule=plan, clip=1.0, on_step=watch)
     heads.load_state_dict(best["state"])
     heads.eval()
     report = {
-        "train": evaluate_heads(heads, train, config.weights),
-        "val": evaluate_heads(heads, val, config.weights),
-        "steps": result["steps"],
+        **{name: evaluate_heads(heads, rows, config.weights) for name, rows in (("train", train), ("val", val))},
+        **{name: result[name] for name in ("steps", "seconds")},
         "best_step": best["step"],
-        "seconds": result["seconds"],
         "parameters": sum(p.numel() for p in heads.parameters()),
-        "curve": curve,
-        "telemetry": _gauges(heads, val),
-        "labels": labels.summary(),
+        **{"curve": curve, "telemetry": _gauges(heads, val), "labels": labels.summary()},
     }
     return heads.cpu(), report
 
@@ -183,6 +200,7 @@ def evaluate_heads(heads: MetacogHeads, data: HeadRows, weights: LossWeights, li
         "conf_after": 2,
         "boundary_budget": 3,
         "boundary_conf": 3,
+        "closing": 4,
         "policy": 1,
     }
     labelled = {
@@ -214,7 +232,7 @@ def evaluate_heads(heads: MetacogHeads, data: HeadRows, weights: LossWeights, li
 
 
 def _initialise(heads: MetacogHeads, train: HeadRows) -> None:
-    taps = torch.cat([train.prompt, train.think, train.end, train.boundary])
+    taps = torch.cat([train.prompt, train.think, train.end, train.boundary, train.closing])
     site = _sites(train.sizes(), taps.device)
     if heads.config.layers is not None:
         taps = taps.index_select(1, heads.layer_index)
@@ -318,6 +336,12 @@ def read_greedy(heads: MetacogHeads, labels: LabelSet, chunk: int = 1024) -> dic
         "layer": domain_layer(heads),
         **{name: values.reshape(shape) for name, values in boundaries.items()},
     }
+
+
+@torch.no_grad()
+def read_trials(heads: MetacogHeads, trials: Trials, chunk: int = 1024) -> NDArray[np.float64]:
+    """Confidence logits [R] at boundaries with trial answers."""
+    return _joined(_read(heads, list(trials.taps), BOUNDARY, trials.used.tolist(), chunk), "conf_raw")
 
 
 def _read_boundaries(heads: MetacogHeads, rollouts: Sequence[Rollout], chunk: int) -> dict[str, NDArray[Any]]:

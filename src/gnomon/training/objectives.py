@@ -23,8 +23,9 @@ class LossWeights(BaseModel):
     """Weight of each named part; 0 switches it off. `layer_*` train the per-layer experts.
 
     `solve` and `cost` train the values of the plans: the share of right rollouts and log1p(mean tokens) of each.
-    `boundary_*` train the running estimates: remaining tokens, final correctness and its order. `policy` trains the
-    decoding policy; `style_entropy` is a bonus.
+    `boundary_*` train the running estimates: remaining tokens, final correctness and its order. `closing` and
+    `closing_rank` take the place of the last two where there are trial answers: is closing here right. `policy` trains
+    the decoding policy; `style_entropy` is a bonus.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +41,8 @@ class LossWeights(BaseModel):
     boundary_budget: float = Field(default=0.2, ge=0.0)
     boundary_conf: float = Field(default=0.25, ge=0.0)
     boundary_rank: float = Field(default=0.05, ge=0.0)
+    closing: float = Field(default=0.5, ge=0.0)
+    closing_rank: float = Field(default=0.1, ge=0.0)
     layer_plan: float = Field(default=0.2, ge=0.0)
     layer_budget: float = Field(default=0.2, ge=0.0)
     layer_conf: float = Field(default=0.2, ge=0.0)

@@ -1,4 +1,7 @@
-"""Labels by sampling the model itself: every strategy, one greedy rollout and some sampled ones (decisions.md §3)."""
+"""Labels by sampling the model itself: every strategy, one greedy rollout and some sampled ones (decisions.md §3).
+
+And trial answers: the same thoughts, closed early on purpose.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from gnomon.attempts import Attempt, Job, run
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.problem import Problem
 from gnomon.training.labels import LabelledProblem, LabelSet, Rollout, StrategyLabels
+from gnomon.training.trials import Trials
 
 TEMPERATURE = 0.8
+_TRIAL_CHUNK: Final = 256  # problems whose thoughts keep all boundaries at a time
 
 
 def jobs_for(
@@ -69,6 +76,71 @@ def label(
         assert taps_prompt is not None
         labelled.append(LabelledProblem(problem_id(problem), problem.task, problem.level, taps_prompt, cells))
     return LabelSet(names, tuple(labelled), {"base": reasoner.base, "samples": samples, "seed": seed, **(meta or {})})
+
+
+class TrialAnswer(NamedTuple):
+    """What answering at one place gives: right, mean log-prob per answer token (-inf without one), answer tokens."""
+
+    correct: bool
+    logprob: float
+    tokens: int
+
+
+def trial_answers(
+    reasoner: Reasoner,
+    cuts: Sequence[tuple[Problem, str, tuple[int, ...]]],
+    max_batch: int = 64,
+    on_done: Callable[[int], object] | None = None,
+) -> list[TrialAnswer]:
+    """(problem, strategy, think tokens kept) -> the greedy answer where the thought is closed behind them."""
+    jobs = [Job(p, plan, len(ids), use_prediction=False, seed="trials", think_prefix=ids) for p, plan, ids in cuts]
+    found = [group[0] for group in run(reasoner, jobs, max_batch=max_batch, on_done=on_done)]
+    logprobs = [a.trace.answer_logprob for a in found]
+    return [
+        TrialAnswer(a.correct, -math.inf if p is None else p, a.trace.answer_tokens)
+        for a, p in zip(found, logprobs, strict=True)
+    ]
+
+
+def label_trials(
+    reasoner: Reasoner,
+    problems: Sequence[Problem],
+    *,
+    strategies: Sequence[str] | None = None,
+    cap: int | None = None,
+    max_batch: int = 64,
+    on_done: Callable[[int], object] | None = None,
+    meta: dict[str, Any] | None = None,
+) -> Trials:
+    """Greedy thoughts of all strategies, and an answer at every node boundary inside them.
+
+    on_done(n): thoughts that have all their answers. Strategies that do not think have no rows.
+    """
+    names = tuple(strategies or reasoner.codec.strategies)
+    bare = reasoner.unpredicted()
+    rows: list[tuple[Any, ...]] = []
+    for start in range(0, len(problems), _TRIAL_CHUNK):
+        part = range(start, min(start + _TRIAL_CHUNK, len(problems)))
+        places = [(i, k) for i in part for k in range(len(names))]
+        jobs = [Job(problems[i], names[k], cap, use_prediction=False, seed="trials") for i, k in places]
+        thoughts = [group[0] for group in run(bare, jobs, max_batch=max_batch, all_boundaries=True)]
+        inside = [[b for b in a.trace.boundaries or () if b[0] < a.trace.used] for a in thoughts]
+        cuts = [
+            (problems[i], names[k], a.trace.think_ids[:used])
+            for (i, k), a, found in zip(places, thoughts, inside, strict=True)
+            for used, _ in found
+        ]
+        answers = iter(trial_answers(bare, cuts, max_batch))
+        for (i, k), a, found in zip(places, thoughts, inside, strict=True):
+            rows += [(taps, used, next(answers).correct, i, k, a.trace.used, a.correct) for used, taps in found]
+        if on_done is not None:
+            on_done(len(thoughts))
+    taps, *facts = zip(*rows, strict=True) if rows else ((),) * 7
+    used, right, problem, plan, total, final = (np.asarray(column, dtype=np.int64) for column in facts)
+    return Trials(
+        names, tuple(map(problem_id, problems)), np.asarray(taps, dtype=np.float32), used, right.astype(np.bool_),
+        problem, plan, total, final.astype(np.bool_), {"base": reasoner.base, **(meta or {})},
+    )  # fmt: skip
 
 
 def problem_id(problem: Problem) -> str:
