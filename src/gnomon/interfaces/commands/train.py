@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from gnomon.base.atomic import disk_error
 from gnomon.base.errors import CheckpointError
 from gnomon.interfaces import console, options
 
@@ -204,12 +205,10 @@ def metacog(
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
-        where = error.filename or place
-        raise CheckpointError(
-            f"cannot write {str(where)!r}: {error.strerror}; make room, then: {_go_on(place)}"
-        ) from None
+        told = disk_error(error, "the run cannot be written")
+        raise type(told)(f"{told}; {_go_on(place)}") from None
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {_go_on(place)}") from None
+        raise type(error)(f"{error}; {_go_on(place)}") from None
     if json:
         console.emit_json({"run": str(opened.folder), "summary": outcome.summary, "seconds": outcome.seconds})
         return
