@@ -118,7 +118,7 @@ def test_the_live_line_on_a_real_terminal() -> None:
 
 
 def test_numbers_of_the_live_line() -> None:
-    row = {"train/loss": 2.31256, "train/tok_per_sec": 5120.4, "train/data_wait": 0.004, "train/skipped": 0}
+    row = {"train/loss": 2.31256, "train/tok_per_sec": 5120.4, "data/wait_share": 0.004, "train/skipped": 0}
     assert live_note(row) == "loss 2.313  5,120 tok/s  data wait 0.4%"
     assert live_note({"train/loss": None, "train/skipped": 2}) == "skipped 2"
     assert [span(s) for s in (3.2, 307, 7000, 90000)] == ["3 s", "5:07 min", "1:57 h", "25:00 h"]

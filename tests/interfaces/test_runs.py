@@ -1,4 +1,4 @@
-"""What runs leave behind and how they are found again: interrupted ones, crashed ones, the newest of a preset."""
+"""What runs leave behind and how they are found again: interrupted ones, died ones, the newest of a preset."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gnomon.base.errors import ConfigError
 from gnomon.base.runs import create_run
@@ -40,7 +41,7 @@ def test_resume_auto_takes_the_newest_run_of_the_preset(tmp_path: Path) -> None:
     assert train._latest(tmp_path / "none", None) is None
 
 
-def test_runs_tells_a_crashed_run_from_a_running_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_runs_tells_a_died_run_from_a_running_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for name, pid in (("alive", os.getpid()), ("dead", 2**22 + 1)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "status.json").write_text(
@@ -48,7 +49,7 @@ def test_runs_tells_a_crashed_run_from_a_running_one(capsys: pytest.CaptureFixtu
         )
     assert cli.run(["runs", "--root", str(tmp_path), "--json"]) == 0
     states = {r["run"]: r["state"] for r in json.loads(capsys.readouterr().out)["runs"]}
-    assert states == {"alive": "running", "dead": "crashed"}
+    assert states == {"alive": "running", "dead": "died"}
 
 
 def test_metacog_takes_its_base_from_the_file_unless_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -62,6 +63,23 @@ def test_metacog_takes_its_base_from_the_file_unless_told(capsys: pytest.Capture
         facts = json.loads(capsys.readouterr().out)
         assert (facts["base"], facts["tasks"]) == (base, "sort")
     assert MetacogRunConfig().base == "nano"
+
+
+def test_metacog_names_its_device_and_one_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("device: auto\n")
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    for words, device in (([], "cpu"), (["--device", "cpu"], "cpu"), (["--device", "auto"], there),
+                          (["--config", str(file)], there)):  # fmt: skip
+        assert cli.run(["train", "metacog", "--dry-run", "--json", *words]) == 0
+        assert json.loads(capsys.readouterr().out)["device"] == device, "no auto is left in what is resolved"
+    for name in ("cuda:97", "nose"):
+        assert cli.run(["train", "metacog", "--device", name, "--runs", str(tmp_path / "runs")]) == cli.USER_ERROR
+        said = capsys.readouterr().err
+        assert f"there is no device {name!r} here" in said and 'write "cpu", "auto"' in said
+        assert not (tmp_path / "runs").exists()
+        assert cli.run(["ask", "Compute 3 + 4.", "--device", name]) == cli.USER_ERROR
+        assert f"there is no device {name!r} here" in capsys.readouterr().err
 
 
 def test_interruption_says_how_to_go_on(

@@ -266,7 +266,7 @@ def span(seconds: float) -> str:
 _NOTES: Final[tuple[tuple[str, str], ...]] = (
     ("train/loss", "loss {:.3f}"),
     ("train/tok_per_sec", "{:,.0f} tok/s"),
-    ("train/data_wait", "data wait {:.1%}"),
+    ("data/wait_share", "data wait {:.1%}"),
     ("budget/used", "thinks {:.0f}"),
     ("budget/predicted", "of {:.0f}"),
     ("eval/logic_accuracy", "puzzles {:.0%}"),

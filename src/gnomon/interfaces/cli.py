@@ -11,7 +11,7 @@ from cyclopts import App, CycloptsError, Group
 from gnomon import __version__
 from gnomon.base.errors import GnomonError
 from gnomon.interfaces import console
-from gnomon.interfaces.commands import asking, check, control, data, measure, runs, train, validate
+from gnomon.interfaces.commands import asking, check, control, data, measure, runs, schema, train, validate
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -48,6 +48,7 @@ def build() -> App:
     app.command(measure.evaluate, group=_MEASURE)
     app.command(measure.sweep, group=_MEASURE)
     app.command(validate.validate, group=_LOOK)
+    app.command(schema.schema, group=_LOOK)
     checks = App(
         name="check", group=_LOOK, help="Black-box tests of a model: does it keep its think budget, is its base sound?"
     )
@@ -55,17 +56,23 @@ def build() -> App:
     checks.command(check.backbone)
     app.command(checks)
     app.command(runs.report, group=_LOOK)
-    app.command(runs.runs, group=_LOOK)
+    listed = App(name="runs", group=_LOOK, help="List run folders with their state, or show one with its checkpoints.")
+    listed.default(runs.runs)
+    listed.command(runs.show)
+    app.command(listed)
     app.command(control.control, group=_LOOK)
     return app
 
 
 def run(tokens: Sequence[str]) -> int:
     """Run one command line; returns the exit code. User errors are one clear line on stderr, never a traceback."""
+    if tokens[:1] == ["--"]:  # torchrun … -m gnomon -- train …: without it, torchrun takes our --run for its own
+        tokens = tokens[1:]
     try:
         code = build()(list(tokens), print_error=False, exit_on_error=False, result_action="return_value")
     except GnomonError as error:
-        console.say(f"gnomon: {str(error).strip()}")
+        if os.environ.get("RANK", "0") == "0":  # of several processes one tells it
+            console.say(f"gnomon: {str(error).strip()}")
         return error.exit_code  # 2; 28 when the disk is full
     except CycloptsError as error:
         console.say(f"gnomon: {str(error).strip()}")

@@ -35,6 +35,11 @@ def emit_json(value: Mapping[str, Any]) -> None:
     screen().note(text)
 
 
+def result(text: str) -> None:
+    """A result that is text already, on stdout."""
+    print(text.rstrip("\n"), flush=True)
+
+
 def on_interrupt(hint: str) -> None:
     """What to tell after Ctrl-C from here on: what is saved and how to go on."""
     global _resume

@@ -1,14 +1,15 @@
-"""`demo`, `report` and `runs`."""
+"""`demo`, `report`, `runs` and `runs show`."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from gnomon.base.checkpoint import alive
+from gnomon.base.telemetry import span
 from gnomon.interfaces import console
 
 Flag = Parameter(negative=())
@@ -70,23 +71,67 @@ def report(run: str, *, root: Path = Path("runs")) -> None:
 
 
 def runs(*, root: Path = Path("runs"), json: Annotated[bool, Flag] = False) -> None:
-    """List run folders with their state.
+    """List run folders with their state: a run that says it is running but has no process any more has died.
 
     Args:
         root: Where run folders lie.
         json: Print one JSON object.
     """
-    import json as codec
+    from gnomon.base.run_facts import listing
 
-    found = []
-    for path in sorted(root.glob("*/status.json")) if root.is_dir() else []:
-        status = codec.loads(path.read_text(encoding="utf-8"))
-        if status.get("state") == "running" and not alive(int(status.get("pid", -1))):
-            status["state"] = "crashed"
-        found.append({"run": path.parent.name, **{k: status.get(k) for k in ("state", "step", "total", "error")}})
+    found = listing(root)
     if json:
         console.emit_json({"runs": found})
     elif found:
-        console.table(str(root), ("run", "state", "step", "of", "error"), [tuple(f.values()) for f in found])
+        rows = []
+        for r in found:
+            seen = f"{span(r['updated'])} ago"
+            step = _of(r["step"], r["total"])
+            rows.append((r["run"], r["state"], r["stage"] or "-", step, r["loss"], seen, r["error"] or "-"))
+        console.table(str(root), ("run", "state", "stage", "step", "loss", "last seen", "error"), rows)
     else:
         console.say(f"no runs under {root}; start one with: gnomon demo")
+
+
+def show(
+    run: str, *, root: Path = Path("runs"), quick: Annotated[bool, Flag] = False, json: Annotated[bool, Flag] = False
+) -> None:
+    """Show one run: state, last numbers, what differs from the defaults, and its checkpoints, each verified.
+
+    Args:
+        run: A run folder, its name, a prefix (the newest wins), or latest.
+        root: Where run folders lie.
+        quick: Check names and sizes of checkpoints, not their checksums.
+        json: Print one JSON object.
+    """
+    from gnomon.base.run_facts import facts
+    from gnomon.base.runs import find_run
+
+    found = facts(find_run(run, root), checksums=not quick)
+    if json:
+        console.emit_json(found)
+        return
+    last = {k: v for k, v in found["last"].items() if k not in ("step", "time", "nonfinite")}
+    now = time.time()
+    lines = [("state", found["state"]), ("stage", found["stage"]), ("step", _of(found["step"], found["total"]))]
+    lines += [(k, f"{span(now - found[k])} ago") for k in ("started", "updated") if found[k]]
+    lines += [(k, found[k]) for k in ("error", "seed", "commit") if found[k] is not None]
+    if found["command"]:
+        lines.append(("command", " ".join(found["command"])))
+    console.table(found["run"], ("what", "value"), lines)
+    if last:
+        console.table(f"Last row (step {found['last'].get('step')})", ("metric", "value"), list(last.items()))
+    if found["changed"]:
+        rows = [(key, str(value), origin) for key, (value, origin) in found["changed"].items()]
+        console.table("Changed fields", ("field", "value", "from"), rows)
+    if found["checkpoints"]:
+        rows = [
+            (c["name"] + (" (latest)" if c["latest"] else ""), f"{c['bytes'] / 2**20:.1f} MB", c["whole"])
+            for c in found["checkpoints"]
+        ]
+        console.table("Checkpoints", ("name", "size", "whole" + (" (sizes only)" if quick else "")), rows)
+
+
+def _of(step: int | None, total: int | None) -> str:
+    """`step/total`, as far as it is known."""
+    return "-" if step is None else f"{step:,}" if total is None else f"{step:,}/{total:,}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from cyclopts import Parameter
 
@@ -14,24 +14,30 @@ Flag = Parameter(negative=())
 
 
 def validate(
+    what: str | None = None,
     *,
     model: str | None = None,
     config: Path | None = None,
-    recipe: str = "metacog",
+    recipe: str | None = None,
     stop: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     json: Annotated[bool, Flag] = False,
 ) -> None:
     """Check a model folder (files, tags, padding, heads, parity) or a config file; exit code 2 with the reason.
 
     Args:
+        what: A config file (.yaml, .toml, .json) or a model, as --config and --model.
         model: A shipped model (nano), smollm2, or a model folder.
         config: A YAML or TOML file.
-        recipe: Which recipe the config is for: metacog or pretrain.
+        recipe: Which recipe the config is for: metacog or pretrain; by default the one that has more of its keys.
         stop: Custom stop sequences that must be one token each.
         json: Print one JSON object.
     """
+    if what is not None and Path(what).suffix in (".yaml", ".yml", ".toml", ".json"):
+        config = _one(config, Path(what))
+    elif what is not None:
+        model = _one(model, what)
     if (model is None) == (config is None):
-        raise ConfigError("name one thing to check: --model NAME or --config FILE")
+        raise ConfigError("name one thing to check: a config file or a model (--config FILE, --model NAME)")
     checks = _config(config, recipe) if config is not None else _model(str(model), stop)
     if json:
         console.emit_json({"ok": True, "checks": [{"check": a, "found": b} for a, b in checks]})
@@ -39,9 +45,29 @@ def validate(
     console.table("valid", ("check", "found"), checks)
 
 
-def _config(path: Path, recipe: str) -> list[tuple[str, str]]:
+T = TypeVar("T")
+
+
+def _one(flag: T | None, given: T) -> T:
+    if flag is not None:
+        raise ConfigError(f"{str(flag)!r} and {str(given)!r}: name one thing to check")
+    return given
+
+
+def _likely(path: Path) -> str:
+    """The recipe whose config has most of the keys of the file; where none has more, metacog."""
+    from gnomon.base import config as configs
+    from gnomon.interfaces.commands.schema import config_class
+
+    keys = configs.read_file(path).keys()
+    known = {name: len(keys & config_class(name).model_fields.keys()) for name in ("metacog", "pretrain")}
+    return max(known, key=lambda name: known[name])
+
+
+def _config(path: Path, recipe: str | None) -> list[tuple[str, str]]:
     from gnomon.base import config as configs
 
+    recipe = recipe or _likely(path)
     if recipe == "pretrain":
         from gnomon.recipes.pretrain_config import resolve
 
