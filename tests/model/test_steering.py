@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -179,3 +182,59 @@ def test_an_adapter_is_a_low_rank_residual_of_the_normed_state() -> None:
         assert float(gate[i]) == pytest.approx(z, abs=1e-5)
         assert torch.allclose(delta[i].double(), z * (a.up.double() @ (a.down.double() @ h)), atol=1e-4)
     assert torch.linalg.matrix_rank(a.up @ a.down) == R
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["own native", "native llama"])
+def test_two_layers_act_on_one_compiled_base_from_two_threads(name: str) -> None:
+    """What a call reads must not be exchanged or freed while another layer's call is prepared."""
+    backbone = MAKERS[name]()
+    rows = [tuple(range(3 + r, 15 + r)) for r in range(3)]
+    at, gates = [0 if t > 2 else -1 for row in rows for t in range(len(row))], vectors(1, 0.2)
+    layers = [steering(0.4), steering(1.5, None)]
+    layers[1] = Steering(None, {1: layers[1].adapters[0]})
+
+    def logits(layer: Steering) -> Tensor:
+        out = backbone.extend(backbone.new_cache(3, 16), rows, logits="all", steer=Steer(layer, gates, at)).logits
+        assert out is not None
+        return out
+
+    want = [logits(layer).clone() for layer in layers]
+    assert not torch.allclose(want[0], want[1])
+    wrong: list[int] = []
+    start = threading.Barrier(4)
+
+    def work(k: int) -> None:
+        start.wait()
+        for turn in range(60):  # with layers of its own now and then, which are freed again
+            layer = layers[k % 2]
+            if turn % 3 == 0:
+                layer = Steering(
+                    layer.gate_layer, {i: Adapter(*(t.clone() for t in a)) for i, a in layer.adapters.items()}
+                )
+            if not torch.equal(logits(layer), want[k % 2]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    former = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(former)
+    assert not wrong
+
+
+@needs_compiler
+def test_a_layer_that_is_gone_leaves_no_copy_behind() -> None:
+    backbone = MAKERS["own native"]()
+    for _ in range(3):
+        steer = Steer(steering(0.4), vectors(1, 0.2), [0, 0])
+        backbone.extend(backbone.new_cache(1, 4), [(5, 6)], steer=steer)
+        assert len(backbone._steers._made) == 1
+        del steer
+        gc.collect()
+        assert len(backbone._steers._made) == 0

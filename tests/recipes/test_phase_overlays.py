@@ -163,3 +163,48 @@ def test_a_layer_without_its_changes_to_the_base_or_with_others_is_refused(tmp_p
     (tmp_path / "layer" / FILE).unlink()
     with pytest.raises(ModelError, match="missing"):
         Reasoner.load(tmp_path / "layer")
+
+
+@pytest.mark.parametrize("kind", ["whole", "lora"])
+def test_layers_that_change_their_base_leave_it_to_the_next_one(kind: str, tmp_path: Path) -> None:
+    base = Reasoner.load(own.save(own.decoder(), tmp_path / "base"))
+    heads = MetacogHeads(MetacogConfig(n_layers=2, hidden_size=32, proj_dim=8, width=16)).eval()
+    name = "blocks.1.mlp.out.weight"
+    weight = dict(base.backbone.module.named_parameters())[name].detach().clone()  # type: ignore[attr-defined]
+    if kind == "whole":
+        overlay = Overlay({name: weight + 0.5})
+    else:
+        a, b = torch.full((2, weight.shape[1]), 0.1), torch.full((weight.shape[0], 2), 0.2)
+        stem = name.removesuffix(".weight")
+        overlay = Overlay({f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, 0.5)
+    with_it = replace(base, decider=Decider(heads), overlay=overlay)
+    with_it.save_layer(tmp_path / "layer")
+    bare = logits(base.backbone)
+    first, second = base.with_layer(tmp_path / "layer"), base.with_layer(tmp_path / "layer")
+    assert torch.equal(logits(base.backbone), bare), "who asks for a layer keeps the base"
+    assert not torch.equal(logits(first.backbone), bare) and torch.equal(
+        logits(first.backbone), logits(second.backbone)
+    )
+    assert torch.equal(logits(Reasoner.load(tmp_path / "layer").backbone), logits(first.backbone))
+    shared = dict(base.backbone.module.named_parameters())  # type: ignore[attr-defined]
+    for other, p in first.backbone.module.named_parameters():  # type: ignore[attr-defined]
+        assert (p is shared[other]) == (other != name), "memory is taken for what differs only"
+    with pytest.raises(ModelError, match="load the base, then with_layer"):
+        first.with_layer(tmp_path / "layer")
+    replace(base, decider=Decider(heads)).save_layer(tmp_path / "plain")
+    assert base.with_layer(tmp_path / "plain").backbone is base.backbone
+
+
+def test_a_layer_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) -> None:
+    base = Reasoner.load(own.save(own.decoder(), tmp_path / "base"))
+    heads = MetacogHeads(MetacogConfig(n_layers=2, hidden_size=32, proj_dim=8, width=16)).eval()
+    name, weight = next(iter(base.backbone.module.named_parameters()))  # type: ignore[attr-defined]
+    changed = replace(base, decider=Decider(heads), overlay=Overlay({name: weight.detach() + 1.0}))
+    changed.save_layer(tmp_path / "layer")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "layer").iterdir()}
+    with pytest.raises(CheckpointError, match="NaN"):
+        bad = Overlay({name: weight.detach() * float("nan")})
+        replace(changed, overlay=bad).save_layer(tmp_path / "layer")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "layer").iterdir()} == before
+    replace(base, decider=Decider(heads)).save_layer(tmp_path / "layer")
+    assert {p.name for p in (tmp_path / "layer").iterdir()} == before.keys() - {FILE}
