@@ -59,12 +59,12 @@ class Start:
         return int(self.facts.get("step", 0))
 
 
-def start_at(path: Path | None, changed: Sequence[str] = (), skipped: Sequence[tuple[str, str]] = ()) -> Start:
+def start_at(path: str | Path | None, changed: Sequence[str] = (), skipped: Sequence[tuple[str, str]] = ()) -> Start:
     """A Start behind the checkpoint folder `path` (None = from nothing). Raises CheckpointError when it is unusable."""
     if path is None:
         return Start()
-    checkpoint.verify_folder(path)
-    return Start(path, changed, skipped, read_facts(path))
+    checkpoint.verify_folder(Path(path))
+    return Start(Path(path), changed, skipped, read_facts(Path(path)))
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

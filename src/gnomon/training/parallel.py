@@ -8,6 +8,7 @@ which `Parallel.factor` undoes. Whole tensors are gathered for saving, so a chec
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -40,6 +41,8 @@ class Parallel:
             ids = [team.device] if team.device.type == "cuda" else None
             self.network = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
             return
+        # Blocks return views of what they computed; nothing here writes into them in place.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(team.device.type, (team.size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)
