@@ -21,7 +21,7 @@ import torch
 from study_base import Setup, fitted, plain, say
 
 from gnomon.reasoner import Reasoner
-from gnomon.recipes.metacog import MetacogRunConfig
+from gnomon.recipes.metacog import MetacogRunConfig, draw_labels
 from gnomon.training.heads_fit import HeadsConfig
 
 SHARED = "studies-heads-1"  # one uncapped pass of all strategies serves ablations, domain and savings
@@ -67,7 +67,7 @@ def slackstop(args: argparse.Namespace) -> dict[str, Any]:
 def running(args: argparse.Namespace) -> dict[str, Any]:
     from study_running import running as study
 
-    return study(nano(args), stream="studies-running-1", n=args.n or 1300, val_n=args.val_n or 650)
+    return study(nano(args), stream="slack-5", n=args.n or 2000, val_n=args.val_n or 2000, trial_n=args.trial_n)
 
 
 def ablations(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,8 +77,14 @@ def ablations(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def domain(args: argparse.Namespace) -> dict[str, Any]:
+    from study_domain import blocks
     from study_domain import domain as study
 
+    if args.base == "smollm2":  # the labels of study smollm2
+        setup = gym(args)
+        config = setup.config.model_copy(update={"stream": "studies-smol-2", "max_think": 64})
+        labels = draw_labels(setup.base, config, "test", args.n or 1200, 0, setup.cache / "labels")
+        return {"blocks": blocks(labels, range(setup.base.backbone.n_layers))}
     return study(nano(args), stream=SHARED, n=args.n or 3900)
 
 
@@ -104,10 +110,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("study", nargs="?", choices=sorted(STUDIES))
     parser.add_argument("--labels", type=Path, default=Path("runs/studies/labels"), help="folder of cached label sets")
     parser.add_argument("--cache", type=Path, default=Path("runs/studies"), help="fitted heads and results")
-    parser.add_argument("--base", choices=("nano", "smollm2"), default="nano", help="slackstop only")
+    parser.add_argument("--base", choices=("nano", "smollm2"), default="nano", help="slackstop and domain only")
     parser.add_argument("--layer", type=Path, default=Path("runs/smollm2/model"), help="smollm2 only: a trained layer")
     parser.add_argument("--n", type=int, help="test problems (default: the study's own)")
     parser.add_argument("--val-n", type=int, help="val problems that rules are chosen on")
+    parser.add_argument("--trial-n", type=int, default=3000, help="running: train problems with trial answers")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=HeadsConfig().steps, help="of fitting heads")
     for name, default in (("label-n", 12000), ("calibration-n", 4500), ("label-val-n", 1300)):

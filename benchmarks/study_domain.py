@@ -11,7 +11,7 @@ from study_base import Setup, fitted, plain, say, shown, table
 from study_heads import Train, fresh_labels
 
 from gnomon.attempts import prompt_logprobs
-from gnomon.base.seeds import numpy_generator
+from gnomon.base.seeds import fraction, numpy_generator
 from gnomon.evaluation import metrics
 from gnomon.evaluation.calibration_fit import Uncapped, fit_domain, fit_plan_price
 from gnomon.metacognition.calibration import best_value
@@ -95,7 +95,7 @@ def domain(setup: Setup, *, stream: str, n: int) -> dict[str, Any]:
     calibration, target = setup.draw("calibration"), fresh_labels(setup, stream, n)
     family = [p.family for p in target.problems]
     every = sorted(set(family))
-    layer, train = setup.base.backbone.n_layers // 3, Train(setup)
+    layer, train = max(1, setup.base.backbone.n_layers // 6), Train(setup)
     held_lp, lp, held_family = perplexity(setup, stream, n)
     body: dict[str, Any] = {"stream": stream, "n": n, "layer": layer, "splits": [], "alone": {}, "layers": {}}
     for out in splits(every):
@@ -124,6 +124,28 @@ def domain(setup: Setup, *, stream: str, n: int) -> dict[str, Any]:
         body["layers"][k] = {key: [p[key] for p in parts] for key in ("in_domain", "left_out", "least")}
     _show(body)
     return plain(body)
+
+
+def blocks(labels: LabelSet, layers: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Every family left out alone, by block, all plans: fitted on one half of a label set, flagged on the other."""
+    half = [fraction("study-domain-half", p.id) < 0.5 for p in labels.problems]
+    fit_on, target = (
+        LabelSet(labels.strategies, tuple(p for p, h in zip(labels.problems, half, strict=True) if h is side))
+        for side in (True, False)
+    )
+    family = np.array([p.family for p in target.problems])
+    found: dict[int, dict[str, Any]] = {}
+    for k in layers:
+        parts = {}
+        for name in np.unique(family):
+            flagged, _ = flags(fit_on, target, [str(name)], k)
+            parts[str(name)] = (float(flagged[family != name].mean()), float(flagged[family == name].mean()))
+        found[k] = {"in_domain": max(x for x, _ in parts.values()), "left_out": {n: y for n, (_, y) in parts.items()}}
+        say("block", k, found[k])
+    table("By block: in-domain flagged at most, each family left out alone (all plans)", ("block", "in", *parts), [
+        (k, v["in_domain"], *v["left_out"].values()) for k, v in found.items()
+    ])  # fmt: skip
+    return found
 
 
 def _show(body: dict[str, Any]) -> None:

@@ -12,8 +12,10 @@ from gnomon.base.errors import DataError
 from gnomon.base.seeds import torch_generator
 from gnomon.evaluation import metrics
 from gnomon.evaluation.calibration_fit import Uncapped, fit_card
+from gnomon.metacognition.config import MetacogConfig
 from gnomon.metacognition.decide import Decider
-from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy
+from gnomon.metacognition.heads import MetacogHeads
+from gnomon.training.heads_fit import HeadsConfig, domain_layer, fit_heads, read_greedy
 
 SMALL = HeadsConfig(proj_dim=24, width=48, steps=400)
 
@@ -160,3 +162,10 @@ def test_heads_that_never_saw_a_boundary_read_none(trained: Any, synthetic: Any)
 def test_too_few_problems_is_a_clear_error(synthetic: Any) -> None:
     with pytest.raises(DataError, match="too few"):
         fit_heads(synthetic.make(1, seed=1), SMALL)
+
+
+def test_the_domain_is_read_in_an_early_block_but_not_the_first() -> None:
+    found = {}
+    for n in (1, 2, 4, 6, 12, 30):
+        found[n] = domain_layer(MetacogHeads(MetacogConfig(n_layers=n, hidden_size=8, proj_dim=4, width=4)))
+    assert found == {1: 0, 2: 1, 4: 1, 6: 1, 12: 2, 30: 5}

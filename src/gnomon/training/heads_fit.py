@@ -293,11 +293,12 @@ def _gauges(heads: MetacogHeads, data: HeadRows) -> dict[str, Any]:
 
 
 def domain_layer(heads: MetacogHeads) -> int:
-    """The block whose state at the think tag tells home from abroad: one in the first half (docs/log.md).
+    """The block whose state at the think tag tells home from abroad: an early one, not the first (docs/log.md).
 
-    Later states of a well-trained base forget what is foreign about a prompt.
+    Later states of a well-trained base forget what is foreign about a prompt; the first one has read too little. A card
+    names its block, so that cards of other versions keep theirs.
     """
-    return heads.config.n_layers // 3
+    return min(max(1, heads.config.n_layers // 6), heads.config.n_layers - 1)
 
 
 @torch.no_grad()
