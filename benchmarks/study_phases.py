@@ -75,10 +75,10 @@ def fixed(reasoner: Reasoner, items: Any) -> dict[str, Any]:
 
 
 def by_plan(reasoner: Reasoner, items: Any) -> dict[str, list[float]]:
-    """Accuracy and think tokens of every plan without a cap, on the first 600 problems: what the base learned."""
+    """Accuracy and think tokens of every plan without a cap, on the first 400 problems: what the base learned."""
     found = {}
     for name in reasoner.codec.strategies:
-        jobs = [Job(p, name, None, use_prediction=False, seed="study-phases") for p in items[:600]]
+        jobs = [Job(p, name, None, use_prediction=False, seed="study-phases") for p in items[:400]]
         part = [group[0] for group in run(reasoner, jobs)]
         found[name] = [sum(a.correct for a in part) / len(part), sum(a.trace.used for a in part) / len(part)]
     return found
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=2500)
     parser.add_argument("--label-n", type=int, default=1000)
     parser.add_argument("--b-steps", type=int, default=120)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--c-rounds", type=int, default=1)
     parser.add_argument("--c-steps", type=int, default=100)
     parser.add_argument("--calibration-n", type=int, default=2000)
@@ -136,7 +137,7 @@ def main() -> None:
     reference = fixed(shipped, items)
     arms = {"A": measured(shipped, items) | {"by_plan": by_plan(shipped, items)}}
     draw = phases.Draw(args.tasks, config.levels, config.stream, None, None, 64, args.seed)
-    b = PhaseConfig(problems=args.problems, label_n=args.label_n, steps=args.b_steps)
+    b = PhaseConfig(problems=args.problems, label_n=args.label_n, steps=args.b_steps, batch=args.batch)
     c = b.model_copy(
         update={"rounds": args.c_rounds, "steps": args.c_steps, "capped": 0.5,
                 "adapt": AdaptConfig(mode=args.c_mode, base_lr_scale=args.base_lr_scale)}
