@@ -64,7 +64,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change the manifest and put its checksum right again, as somebody would who wants us to read elsewhere."""
     body = json.loads((folder / "MANIFEST.json").read_text())
     change(body)
-    (folder / "MANIFEST.json").write_text(json.dumps({**body, "sum": folders._sum(body)}))
+    (folder / "MANIFEST.json").write_text(json.dumps({**body, "sum": folders._sum(body)}) + "\n")
 
 
 def flip(path: Path) -> None:

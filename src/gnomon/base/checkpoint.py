@@ -28,7 +28,7 @@ from gnomon.base.disk import (
     remove_orphans,
     sweep,
 )  # fmt: skip
-from gnomon.base.errors import CheckpointError, DiskFullError
+from gnomon.base.errors import CheckpointError, DiskFullError, NotFiniteError
 from gnomon.base.folders import (
     LATEST,
     MANIFEST,
@@ -68,15 +68,14 @@ def save_tensors(
 ) -> Path:
     """Write `tensors` to folder/name (safetensors), whole or not at all; returns the path.
 
-    Tied tensors are stored once per name. Raises CheckpointError for NaN or infinite floats, naming the tensors.
+    Tied tensors are stored once per name. Raises NotFiniteError for NaN or infinite floats, naming the tensors.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    bad = [k for k, v in tensors.items() if not _finite(v)]
     if bad:
-        raise CheckpointError(
+        raise NotFiniteError(
             f"refusing to save {name}: NaN or infinite values in {len(bad)} of {len(tensors)} tensors "
             f"({', '.join(bad[:5])}); the last good checkpoint is untouched"
         )
@@ -99,6 +98,16 @@ def save_tensors(
     return path
 
 
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is finite; looked at in parts, since the test makes copies."""
+    import torch
+
+    if not tensor.is_floating_point():
+        return True
+    flat = tensor.detach().reshape(-1)
+    return all(bool(torch.isfinite(part).all()) for part in flat.split(2**22))
+
+
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors on the CPU, each alone and whole in its memory; only those that are not so already are copied."""
     plain, seen = {}, set()
@@ -114,7 +123,6 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def load_tensors(folder: Path, name: str, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Tensors of folder/name. Raises CheckpointError for a missing, damaged, pickled or non-finite file."""
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -128,7 +136,7 @@ def load_tensors(folder: Path, name: str, device: str = "cpu") -> dict[str, torc
         tensors: dict[str, torch.Tensor] = load_file(str(path), device=device)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {error}") from None
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    bad = [k for k, v in tensors.items() if not _finite(v)]
     if bad:
         raise CheckpointError(f"{str(path)!r} holds NaN or infinite values in {', '.join(bad[:5])}")
     return tensors
@@ -232,8 +240,10 @@ def _place(temp: Path, final: Path) -> None:
     except BaseException:
         os.rename(old, final)
         raise
-    fsync_path(final.parent)
-    remove(old)
+    try:
+        fsync_path(final.parent)
+    finally:
+        remove(old)
 
 
 def store(
@@ -254,7 +264,7 @@ def store(
     """
     protect, say = tuple(protect), tell or (lambda _: None)
 
-    def attempt(checked: bool) -> Path:
+    def attempt(checked: bool = False) -> Path:
         if checked:
             preflight(root)
         with publish(root, step) as folder:
@@ -262,19 +272,19 @@ def store(
         return root / f"checkpoint-{step}"
 
     try:
-        return attempt(True)
+        return attempt(checked=True)
     except DiskFullError as error:
         say(f"checkpoint-{step}: {error}")
     try:
         gone = prune(root, LEAST, protect=protect)
         say(f"checkpoint-{step}: removed {', '.join(gone) or 'nothing'}, one more try")
-        return attempt(True)
+        return attempt()
     except DiskFullError as error:
         full = str(error)
     if ballast is not None and ballast.free():
         say(f"checkpoint-{step}: freed the reserve for a last save")
         try:
-            attempt(False)
+            attempt()
             full = f"the disk is full; checkpoint-{step} was saved in the space that was held for it"
         except DiskFullError as error:
             full = str(error)

@@ -102,7 +102,7 @@ def prune(
             verify_folder(root / f"checkpoint-{step}", checksums=len(good) < LEAST)
             good.append(step)
     removed = []
-    for step in good[keep:]:
+    for step in reversed(good[keep:]):  # the oldest first
         name = f"checkpoint-{step}"
         if step == best or step in spared or name in spared or (every is not None and step % every == 0):
             continue

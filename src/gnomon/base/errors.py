@@ -41,6 +41,10 @@ class CheckpointError(GnomonError):
     """A checkpoint that is incomplete, damaged or foreign, or cannot be written."""
 
 
+class NotFiniteError(CheckpointError):
+    """Weights or states with NaN or infinities, which are never written."""
+
+
 class DiskFullError(CheckpointError):
     """No room for a checkpoint, even after old ones were removed. saved: the last one that reached the disk."""
 

@@ -99,7 +99,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if size > _MOST:
         raise damaged
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        body = json.loads(text)
         rows = body["files"]
         good = all(
             isinstance(row["name"], str) and type(row["size"]) is int and isinstance(row["sha256"], str) for row in rows
@@ -109,7 +110,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise damaged from None
     if version not in (1, VERSION):
         raise CheckpointError(f"{name} is of version {version!r}, this gnomon reads 1 to {VERSION}: use the newer one")
-    if not good or (version == VERSION and body.get("sum") != _sum(body)):
+    if not good or (version == VERSION and (body.get("sum") != _sum(body) or not text.endswith("}\n"))):
         raise damaged
     return dict(body)
 
