@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from gnomon.attempts import Job, run
 from gnomon.evaluation.baselines import LookUp, best_strategy
 from gnomon.metacognition import store
 from gnomon.metacognition.heads import MetacogHeads
 from gnomon.reasoner import Reasoner
-from gnomon.recipes.metacog import MetacogRunConfig, draw_labels
+from gnomon.recipes.metacog import MetacogRunConfig, draw_labels, draw_trials
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
 from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy
 from gnomon.training.labels import LabelSet
 from gnomon.training.rollout import label
+from gnomon.training.trials import Trials
 
 QUIET = Path("/work/QUIET")  # somebody measures speed on this machine
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -47,6 +47,10 @@ class Setup:
         n = {"train": c.label_n, "val": c.val_n, "calibration": c.calibration_n}[split]
         return draw_labels(self.base, c, split, n, c.samples if split == "train" else 0, self.labels)
 
+    def trials(self, split: str, n: int) -> Trials:
+        """Trial answers at the boundaries of `n` problems of a split."""
+        return draw_trials(self.base, self.config, split, n, self.cache / "labels")
+
     def items(self, split: str) -> list[Problem]:
         """The problems behind `draw(split)`."""
         n = {"val": self.config.val_n, "calibration": self.config.calibration_n}[split]
@@ -68,7 +72,14 @@ def quiet() -> None:
         time.sleep(20)
 
 
-def fitted(setup: Setup, name: str, change: Mapping[str, Any], seed: int, train: Callable[[], LabelSet]) -> Fit:
+def fitted(
+    setup: Setup,
+    name: str,
+    change: Mapping[str, Any],
+    seed: int,
+    train: Callable[[], LabelSet],
+    trials: Callable[[], Trials] | None = None,
+) -> Fit:
     """Heads with `change` on the config's heads, from the cache or fitted now on `train()`; read-only afterwards."""
     folder = setup.cache / "heads" / f"{name}-{seed}"
     facts = folder / "fit.json"
@@ -77,7 +88,7 @@ def fitted(setup: Setup, name: str, change: Mapping[str, Any], seed: int, train:
         say(f"fit {name}, seed {seed}")
         began = time.monotonic()
         config = HeadsConfig.model_validate({**setup.config.heads.model_dump(), **change})
-        heads, report = fit_heads(train(), config, seed)
+        heads, report = fit_heads(train(), config, seed, trials=None if trials is None else trials())
         store.save(folder, heads, None, setup.base.base)
         body = {"val": report["val"], "best_step": report["best_step"], "parameters": report["parameters"]}
         facts.write_text(json.dumps(body | {"seconds": time.monotonic() - began}) + "\n", encoding="utf-8")
@@ -119,18 +130,6 @@ def keys(family: Sequence[str], level: Sequence[int]) -> list[Key]:
 def look_up(family: Sequence[str], level: Sequence[int], values: Any) -> LookUp:
     """The (family, level) table of a value."""
     return LookUp.fit(keys(family, level), values)
-
-
-def answers(
-    reasoner: Reasoner, cuts: Sequence[tuple[Problem, str, tuple[int, ...]]], max_batch: int = 64
-) -> list[tuple[bool, float, int]]:
-    """(problem, plan, think tokens kept) -> (right, mean log-prob per answer token, answer tokens): closed there."""
-    jobs = [Job(p, plan, len(ids), use_prediction=False, seed="studies", think_prefix=ids) for p, plan, ids in cuts]
-    found = [group[0] for group in run(reasoner, jobs, max_batch=max_batch)]
-    logprobs = [a.trace.answer_logprob for a in found]
-    return [
-        (a.correct, -math.inf if p is None else p, a.trace.answer_tokens) for a, p in zip(found, logprobs, strict=True)
-    ]
 
 
 # -- numbers --------------------------------------------------------------------------------------------------------

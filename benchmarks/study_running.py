@@ -1,35 +1,44 @@
-"""Study c: confidence along the thought, and closing on it against closing on the probability of a trial answer.
+"""Study c: confidence along the thought, and the learned SlackStop against the scalar rules (rows C8, D2).
 
-Two kinds of confidence at a boundary: the one that the layer has ("the answer will be right in the end", heads of the
-other studies) and a probe of the same shape trained for what a stopping rule needs ("closing here gives a right
-answer"), on trial answers of train-split thoughts.
+Two kinds of confidence at a boundary: "the whole thought will be right" (heads without trial answers) and "closing here
+is right" (heads with them), which is what a stopping rule needs. Thresholds are chosen on val, numbers are of test.
 """
 
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from study_base import Setup, fitted, look_up, over_seeds, plain, say, shown, table
-from study_heads import Train
-from study_slack import ANSWERS, TOLERANCE, chosen, each, earliest, probes, row, shown_rules
-from study_thoughts import CUTS, Thought, by_table, collect, outcomes, with_answers, with_trials
+from study_base import Setup, fitted, over_seeds, plain, say, shown, table
+from study_heads import METRICS, Train, measure, plan_numbers
+from study_slack import ANSWERS, TOLERANCE, chosen, each, earliest, grid, lost, probes, row, saved, shown_rules
+from study_thoughts import Thought, by_table, collect, outcomes, with_answers, with_trials
 
-from gnomon.decoding.slack import AnswerProbability
+from gnomon.attempts import Job, run
+from gnomon.decoding.slack import AnswerProbability, FixedCut, Margin, Sure, factory
 from gnomon.evaluation import metrics
+from gnomon.evaluation.scaling import fit_scale
+from gnomon.metacognition.calibration import scaled
 from gnomon.metacognition.config import BOUNDARY, END, THINK_SITE
+from gnomon.metacognition.decide import Decider
 from gnomon.metacognition.heads import MetacogHeads
-from gnomon.training.labels import LabelledProblem, LabelSet, Rollout, StrategyLabels
-from gnomon.training.objectives import LossWeights
+from gnomon.recipes.metacog import TRIAL_CALIBRATION, calibrate
+from gnomon.training.heads_fit import read_greedy, read_trials
+from gnomon.training.trials import Trials
 
-PLACES = (0.25, 0.5, 0.75, 1.0)
-PROBE = dict.fromkeys(LossWeights.model_fields, 0.0) | {"boundary_conf": 1.0, "boundary_rank": 0.2}
+PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
+CUTS = (16, 32, 64, 128)
+PLANS = ("verify", "steps")
 Floats = NDArray[np.float64]
 Stops = list[int | None]
+Said = list[list[tuple[int, float]]]
 
 
 @torch.no_grad()
@@ -43,185 +52,322 @@ def confidence(heads: MetacogHeads, states: Sequence[Any], site: int, used: Sequ
     return np.concatenate(found)
 
 
-def along(heads: MetacogHeads, thoughts: Sequence[Thought]) -> list[list[tuple[int, float]]]:
-    """Per thought (think tokens, logit) at every boundary state."""
-    flat = [(i, used, state) for i, t in enumerate(thoughts) for used, state in t.states]
+def along(heads: MetacogHeads, thoughts: Sequence[Thought]) -> Said:
+    """Per thought (think tokens, logit) at every boundary state where there is something left to save."""
+    flat = [(i, used, state) for i, t in enumerate(thoughts) for used, state in t.states if used < t.used]
     said = confidence(heads, [s for _, _, s in flat], BOUNDARY, [u for _, u, _ in flat])
-    found: list[list[tuple[int, float]]] = [[] for _ in thoughts]
+    found: Said = [[] for _ in thoughts]
     for (i, used, _), logit in zip(flat, said, strict=True):
         found[i].append((used, float(logit)))
     return found
 
 
 def place(count: int, share: float) -> int:
-    """Index of the boundary at this share of a thought that has `count` boundaries."""
+    """Index of the boundary at this share of a thought that has `count` boundaries; 0: the first."""
     return max(0, math.ceil(share * count) - 1)
 
 
-def rising(heads: MetacogHeads, thoughts: Sequence[Thought]) -> dict[str, Floats]:
-    """Logits [N] at the start, at shares of the boundaries, and at the end, of thoughts that have boundaries."""
-    seen = along(heads, thoughts)
-    found = {"start": confidence(heads, [t.before for t in thoughts], THINK_SITE, [0] * len(thoughts))}
-    for share in PLACES:
-        found[f"{share:.0%}"] = np.array([s[place(len(s), share)][1] for s in seen])
-    found["end"] = confidence(heads, [t.end for t in thoughts], END, [t.used for t in thoughts])
-    return found
-
-
-def along_answers(thoughts: Sequence[Thought]) -> dict[str, Floats]:
-    """Log-prob of the trial answer at the same places (in front of the KIND token), and of the own answer."""
-    found = {}
-    for share in PLACES:
-        at = [t.nodes[place(len(t.nodes), share)] for t in thoughts]
-        found[f"{share:.0%}"] = np.array([t.trials[p].logprob for t, p in zip(thoughts, at, strict=True)])
-    return found | {"end": np.array([t.own.logprob for t in thoughts])}
-
-
-def probe_labels(thoughts: Sequence[Thought]) -> LabelSet:
-    """A label set whose boundary rows say whether closing there is right; nothing else in it is trained on."""
-    found = []
-    for i, t in enumerate(thoughts):
-        rolls = tuple(
-            Rollout(t.at(used).correct, used + 1, 1, 0.0, True, state, n == 0, (used, state))
-            for n, (used, state) in enumerate(t.states)
+def at_places(seen: Said, values: Callable[[int, int], float]) -> dict[str, Floats]:
+    """values(thought, index of its boundary) at shares of the boundaries, of thoughts that have some."""
+    return {
+        "first" if share == 0 else f"{share:.0%}": np.array(
+            [values(i, place(len(s), share)) for i, s in enumerate(seen)]
         )
-        cell = {t.plan: StrategyLabels(t.before, rolls)}
-        found.append(LabelledProblem(f"{i}-{t.problem.prompt}", t.problem.task, t.problem.level, t.before, cell))
-    return LabelSet((thoughts[0].plan,), tuple(found), {})
+        for share in PLACES
+    }
 
 
-def above(heads: MetacogHeads) -> Callable[[Any, Sequence[Thought]], Stops]:
-    """A policy: close at the first boundary whose logit reaches the setting (None: never)."""
-    known: list[tuple[Sequence[Thought], list[list[tuple[int, float]]]]] = []  # read once per list of thoughts
+def rises(heads: MetacogHeads, thoughts: Sequence[Thought]) -> dict[str, dict[str, float]]:
+    """AUROC at the start, along the boundaries, and at the end: of being right in the end, and of closing there."""
+    held = [t for t in thoughts if any(u < t.used for u, _ in t.states)]
+    seen, right = along(heads, held), np.array([t.own.correct for t in held])
+    said = at_places(seen, lambda i, k: seen[i][k][1])
+    here = at_places(seen, lambda i, k: held[i].at(seen[i][k][0]).correct)
+    ends = {
+        "start": confidence(heads, [t.before for t in held], THINK_SITE, [0] * len(held)),
+        **said,
+        "end": confidence(heads, [t.end for t in held], END, [t.used for t in held]),
+    }
+    return {
+        "in the end": {k: metrics.auroc(v, right) for k, v in ends.items()},
+        "here": {k: metrics.auroc(v, here[k]) for k, v in said.items()},
+        "share right here": {k: float(v.mean()) for k, v in here.items()},
+    }
+
+
+def flat(seen: Said) -> Floats:
+    return np.array([x for s in seen for _, x in s])
+
+
+def right_here(thoughts: Sequence[Thought]) -> NDArray[np.bool_]:
+    """Whether closing is right at the boundaries of `along`."""
+    return np.array([t.at(u).correct for t in thoughts for u, _ in t.states if u < t.used])
+
+
+def above(heads: MetacogHeads, scale: tuple[float, float]) -> Callable[[Any, Sequence[Thought]], Stops]:
+    """A policy: close at the first boundary whose scaled confidence reaches the setting (None: never); rule `sure`."""
+    known: list[tuple[Sequence[Thought], Said]] = []  # read once per list of thoughts
 
     def apply(setting: Any, thoughts: Sequence[Thought]) -> Stops:
         if setting is None:
             return [None] * len(thoughts)
         if not any(held is thoughts for held, _ in known):
-            known.append((thoughts, along(heads, thoughts)))
+            known.append((thoughts, probabilities(along(heads, thoughts), scale)))
         said = next(said for held, said in known if held is thoughts)
         return [next((u for u, x in seen if x >= setting), None) for seen in said]
 
     return apply
 
 
-def settings(heads: MetacogHeads, held: Sequence[Thought]) -> list[float]:
-    """Logits to try: quantiles over the boundaries of `held`."""
-    seen = [x for s in along(heads, held) for _, x in s]
-    return np.unique(np.quantile(seen, [*np.linspace(0.02, 0.98, 49), 0.99, 0.995, 0.999])).tolist()
+def probabilities(seen: Said, scale: tuple[float, float]) -> Said:
+    return [[(u, float(scaled(np.array([x]), *scale)[0])) for u, x in s] for s in seen]
 
 
-def stopping(
-    held: Sequence[Thought], thoughts: Sequence[Thought], layer: Sequence[MetacogHeads], probe: Sequence[MetacogHeads]
-) -> list[dict[str, Any]]:
-    """Rules with settings from `held`; heads one row per seed."""
-    answer = each(AnswerProbability, with_answers)
-    setting = chosen(answer, ANSWERS, held)
-    stops = answer(setting, thoughts)
-    found = [
-        row("uncapped", None, outcomes(thoughts, [None] * len(thoughts)), thoughts),
-        row("answer probability", setting, outcomes(thoughts, stops), thoughts, probes(thoughts, stops)),
-    ]
-    prices = np.geomspace(1e-5, 3e-2, 30).tolist()
-    price = chosen(lambda x, ts: by_table(held, ts, x), prices, held)
-    cuts: Stops = [None] * len(thoughts) if price is None else by_table(held, thoughts, price)
-    found.append(row("cut per (family, level)", price, outcomes(thoughts, cuts), thoughts))
-    for name, group in (("layer: right in the end", layer), ("probe: right if closed here", probe)):
-        for seed, heads in enumerate(group):
-            policy = above(heads)
-            best = chosen(policy, settings(heads, held), held)
-            found.append(row(f"{name}, seed {seed}", best, outcomes(thoughts, policy(best, thoughts)), thoughts))
-    found.append(row("hindsight: first right boundary", None, outcomes(thoughts, earliest(thoughts)), thoughts))
+def with_confidence(thought: Thought, seen: Sequence[tuple[int, float]]) -> Any:
+    """The views as rule `sure` gets them."""
+    said = dict(seen)
+    return tuple(replace(v, confidence=said[v.used]) if v.used in said and not v.begun else v for v in thought.views)
+
+
+def settings(heads: MetacogHeads, scale: tuple[float, float], held: Sequence[Thought]) -> list[float]:
+    """Probabilities to try: quantiles over the boundaries of `held`."""
+    seen = scaled(flat(along(heads, held)), *scale)
+    return np.unique(np.quantile(seen, [*np.linspace(0.02, 0.98, 97), 0.985, 0.99, 0.995, 0.999])).tolist()
+
+
+class Stopping:
+    """All rules on the thoughts of one or more plans: settings from `held`, numbers from `thoughts`."""
+
+    def __init__(self, held: Sequence[Thought], thoughts: Sequence[Thought]) -> None:
+        self.held, self.thoughts = held, thoughts
+        self.rows = [row("uncapped", None, outcomes(thoughts, [None] * len(thoughts)), thoughts)]
+        self.stops: dict[str, Stops] = {}
+
+    def add(self, name: str, apply: Callable[[Any, Sequence[Thought]], Stops], options: Sequence[Any]) -> Stops:
+        """One rule: the setting that saves most on `held` within the tolerance."""
+        setting = chosen(apply, options, self.held)
+        stops = self.stops[name] = apply(setting, self.thoughts)
+        cost = probes(self.thoughts, stops) if name == "answer probability" and setting is not None else 0
+        self.rows.append(row(name, setting, outcomes(self.thoughts, stops), self.thoughts, cost))
+        return stops
+
+    def scalars(self) -> None:
+        """The rules that need no training."""
+        held, thoughts = self.held, self.thoughts
+        self.add("margin of the end tag", each(Margin, lambda t: t.views), grid(held, "end"))
+        self.add("cut at a number", each(FixedCut, lambda t: t.views), CUTS)
+        prices = np.geomspace(1e-5, 3e-2, 30).tolist()
+        self.add("cut per (family, level)", lambda price, ts: (
+            [None] * len(ts) if price is None else by_table(held, ts, price, CUTS)
+        ), prices)  # fmt: skip
+        self.add("answer probability", each(AnswerProbability, with_answers), ANSWERS)
+        stops = earliest(thoughts)
+        self.rows.append(row("hindsight: first right boundary", None, outcomes(thoughts, stops), thoughts))
+
+    def against(self, mine: Stops, theirs: str) -> dict[str, Any]:
+        """Paired bootstrap of mine − theirs: share of think tokens saved, also net of probes, and accuracy."""
+        thoughts, other = self.thoughts, self.stops[theirs]
+        full = np.array([t.used for t in thoughts], dtype=float)
+        a, b = outcomes(thoughts, mine), outcomes(thoughts, other)
+        paid = np.array([probes([t], [s]) for t, s in zip(thoughts, other, strict=True)], dtype=float)
+        paid *= theirs == "answer probability"
+
+        def gap(x: Floats, y: Floats, f: Floats) -> float:
+            return float((y.sum() - x.sum()) / f.sum())
+
+        def shares(y: Floats) -> list[float]:
+            return [gap(a.used, y, full), *metrics.bootstrap(gap, a.used, y, full)]
+
+        loss, ci = metrics.paired_difference(a.correct, b.correct)
+        return {"saved": shares(b.used), "saved_net": shares(b.used + paid), "accuracy": [loss, *ci]}
+
+
+def frontier(
+    apply: Callable[[Any, Sequence[Thought]], Stops], options: Sequence[Any], thoughts: Sequence[Thought]
+) -> list[dict[str, float]]:
+    """Points lost and share saved at every tenth option: what another choice of the threshold would give."""
+    found = []
+    for option in list(options)[:: max(1, len(options) // 20)]:
+        o = outcomes(thoughts, apply(option, thoughts))
+        found.append({"setting": option, "lost": lost(o, thoughts), "saved": saved(o, thoughts)})
     return found
 
 
-def rises(values: dict[str, Floats], right: NDArray[np.bool_]) -> dict[str, float]:
-    return {k: metrics.auroc(v, right) for k, v in values.items()}
+def kept(setup: Setup, stream: str, n: int, split: str, plan: str) -> list[Thought]:
+    """Thoughts with answers in front of every boundary, where its state is read, and at fixed cuts; from the cache."""
+    path: Path = setup.cache / "thoughts" / f"{stream.replace('/', '-')}-{n}-{plan}-{setup.base.base[:12]}.pkl"
+    if path.is_file():
+        found: list[Thought] = pickle.loads(path.read_bytes())  # our own file
+        return found
+    say(f"{n} thoughts of {stream}, plan {plan}")
+    found = []
+    items = setup.fresh(stream, n, split)
+    for start in range(0, n, 500):
+        part = collect(setup.base, items[start : start + 500], plan, states=True)
+        found += with_trials(setup.base, part, lambda t: [*t.boundaries, *(u for u, _ in t.states), *CUTS])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(found))
+    return found
 
 
-def running(setup: Setup, *, stream: str, n: int, val_n: int, train_n: int = 1300) -> dict[str, Any]:
-    """AUROC along the thought for plans verify and steps; closing early under verify."""
-    layer = [fitted(setup, "attention", {}, s, Train(setup)).heads for s in range(setup.seeds)]
-    calibration = setup.draw("calibration")
-    body: dict[str, Any] = {"stream": stream, "n": n, "val_n": val_n, "train_n": train_n, "plans": {}}
-    items = setup.fresh(f"{stream}/test", n)
-    for plan in ("verify", "steps"):
-        say(f"{n} thoughts, plan {plan}")
-        thoughts = [t for t in collect(setup.base, items, plan, states=True) if t.states and t.boundaries]
-        thoughts = with_trials(setup.base, thoughts, _everywhere if plan == "verify" else _in_front)
-        body["plans"][plan] = aurocs(layer, thoughts, calibration)
-        if plan == "verify":
-            test = thoughts
-    held = collect(setup.base, setup.fresh(f"{stream}/val", val_n, "val"), "verify", states=True)
-    held = with_trials(setup.base, held, _everywhere)
-    taught = collect(setup.base, setup.fresh(f"{stream}/train", train_n, "train"), "verify", states=True)
-    taught = with_trials(setup.base, taught, lambda t: [u for u, _ in t.states])
-    labels = probe_labels([t for t in taught if t.states])
-    change = {"weights": PROBE, "steps": min(400, setup.config.heads.steps)}
-    probe = [fitted(setup, "probe-verify", change, s, lambda: labels).heads for s in range(setup.seeds)]
-    now = np.array([t.at(u).correct for t in test for u, _ in t.states if u < t.used])
-    body["right_now"] = {
-        "layer": over_seeds([metrics.auroc(_flat(along(h, test), test), now) for h in layer]),
-        "probe": over_seeds([metrics.auroc(_flat(along(h, test), test), now) for h in probe]),
-        "answer probability": metrics.auroc(
-            [t.trials[p].logprob for t in test for p in t.boundaries],
-            [t.trials[p].correct for t in test for p in t.boundaries],
-        ),
+class Once:
+    """Trial answers of a split, made or loaded when they are first needed."""
+
+    def __init__(self, setup: Setup, split: str, n: int) -> None:
+        self._make, self._found = lambda: setup.trials(split, n), None
+
+    def __call__(self) -> Trials:
+        if self._found is None:
+            self._found = self._make()
+        return self._found
+
+
+def running(setup: Setup, *, stream: str, n: int, val_n: int, trial_n: int) -> dict[str, Any]:
+    """AUROC along the thought and closing early under verify and steps; the other heads; the whole system served."""
+    train, seeds = Train(setup), range(setup.seeds)
+    taught = Once(setup, "train", trial_n)
+    groups = {
+        "right in the end": [fitted(setup, "attention", {}, s, train).heads for s in seeds],
+        "right here": [fitted(setup, f"closing-{trial_n}", {}, s, train, taught).heads for s in seeds],
     }
-    body["stopping"] = stopping(held, test, layer, probe)
-    _show(body)
+    held = setup.trials("calibration", min(setup.config.calibration_n, TRIAL_CALIBRATION))
+    scales = {name: [fit_scale(read_trials(h, held), held.right) for h in hs] for name, hs in groups.items()}
+    val = {plan: kept(setup, f"{stream}/val", val_n, "val", plan) for plan in PLANS}
+    test = {plan: kept(setup, f"{stream}/test", n, "test", plan) for plan in PLANS}
+    body: dict[str, Any] = {
+        "stream": stream, "n": n, "val_n": val_n, "trial_n": trial_n, "heads": others(setup, groups), "plans": {},
+    }  # fmt: skip
+    for plan in (*PLANS, "both"):
+        mine = PLANS if plan == "both" else (plan,)
+        body["plans"][plan] = study(
+            groups, scales, [t for p in mine for t in val[p]], [t for p in mine for t in test[p]]
+        )
+        _show(body, plan)
+    threshold = np.median([r["setting"] for r in body["plans"]["both"]["stopping"] if "right here" in r["rule"]])
+    body["served"] = served(setup, groups["right here"][0], float(threshold), setup.fresh(f"{stream}/test", n))
+    _show_served(body)
     return plain(body)
 
 
-def _in_front(t: Thought) -> tuple[int, ...]:
-    return t.nodes
-
-
-def _everywhere(t: Thought) -> list[int]:
-    """Places of trial answers: in front of every boundary and where its state is read, and at fixed cuts."""
-    return [*t.nodes, *(u for u, _ in t.states), *CUTS]
-
-
-def _flat(seen: list[list[tuple[int, float]]], thoughts: Sequence[Thought]) -> list[float]:
-    """Logits at the boundaries where there is something left to save."""
-    return [x for s, t in zip(seen, thoughts, strict=True) for u, x in s if u < t.used]
-
-
-def aurocs(layer: Sequence[MetacogHeads], thoughts: Sequence[Thought], calibration: LabelSet) -> dict[str, Any]:
-    """AUROC of being right in the end, along the thought: heads over seeds, trial answers, the look-up table."""
-    right = np.array([t.own.correct for t in thoughts])
-    plan = thoughts[0].plan
-    seen = [rising(h, thoughts) for h in layer]
-    rows = [rises(s, right) for s in seen]
-    family, level = [p.family for p in calibration.problems], [p.level for p in calibration.problems]
-    greedy = [p.strategies[plan].rollouts[0].correct for p in calibration.problems]
-    told = look_up(family, level, greedy).predict([(t.problem.task, t.problem.level) for t in thoughts])
-    mean = {k: np.mean([s[k] for s in seen], 0) for k in seen[0]}
-    gap = metrics.bootstrap(
-        lambda late, early, y: metrics.auroc(late, y) - metrics.auroc(early, y), mean["100%"], mean["25%"], right
-    )
+def study(
+    groups: dict[str, list[MetacogHeads]],
+    scales: dict[str, list[tuple[float, float]]],
+    held: Sequence[Thought],
+    test: Sequence[Thought],
+) -> dict[str, Any]:
+    """AUROCs and rules on one set of thoughts."""
+    now, found = right_here(test), {}
+    for name, hs in groups.items():
+        seen = [rises(h, test) for h in hs]
+        probs = [scaled(flat(along(h, test)), *s) for h, s in zip(hs, scales[name], strict=True)]
+        found[name] = {
+            "auroc": over_seeds([metrics.auroc(p, now) for p in probs]),
+            "ece": over_seeds([metrics.ece(p, now) for p in probs]),
+            **{k: {p: over_seeds([s[k][p] for s in seen]) for p in seen[0][k]} for k in ("in the end", "here")},
+            "share right here": seen[0]["share right here"],
+        }
+    rules = Stopping(held, test)
+    rules.scalars()
+    gaps: dict[str, list[Any]] = {}
+    curves = []
+    for name, hs in groups.items():
+        for seed, heads in enumerate(hs):
+            policy, options = above(heads, scales[name][seed]), settings(heads, scales[name][seed], held)
+            stops = rules.add(f"layer: {name}, seed {seed}", policy, options)
+            if name == "right here":
+                for rival in ("answer probability", "cut per (family, level)"):
+                    gaps.setdefault(rival, []).append(rules.against(stops, rival))
+                curves.append(frontier(policy, options, test))
+    answers = [(t.trials[p].logprob, t.trials[p].correct) for t in test for p in t.boundaries]
     return {
-        "n": len(thoughts),
-        "wrong": int((~right).sum()),
-        "layer": {k: over_seeds([r[k] for r in rows]) for k in rows[0]},
-        "late_minus_early": over_seeds([r["100%"] - r["25%"] for r in rows]) | {"problems_ci": list(gap)},
-        "answer probability": rises(along_answers(thoughts), right),
-        "table": metrics.auroc(told, right),
+        "n": len(test), "boundaries": len(now), "right_now": float(now.mean()), "layers": found,
+        "answer_auroc": metrics.auroc([a for a, _ in answers], [c for _, c in answers]),
+        "stopping": rules.rows, "against": gaps, "frontier": curves,
+    }  # fmt: skip
+
+
+def others(setup: Setup, groups: dict[str, list[MetacogHeads]]) -> dict[str, Any]:
+    """What the other outputs of both kinds of heads reach on val labels, seeds as pairs."""
+    assert setup.base.decider is not None and setup.base.decider.card is not None
+    card, labels = setup.base.decider.card, setup.draw("val")
+    label, every = plan_numbers(labels, card.cost_order), np.arange(len(labels.problems))
+    numbers = {
+        name: [measure(read_greedy(h, labels), label, card.plan_price or 0.0, every) for h in hs]
+        for name, hs in groups.items()
     }
+    old, new = numbers.values()
+    return {
+        k: {**{name: over_seeds([x[k] for x in found]) for name, found in numbers.items()},
+            "difference": over_seeds([b[k] - a[k] for a, b in zip(old, new, strict=True)])}
+        for k in METRICS
+    }  # fmt: skip
 
 
-def _show(body: dict[str, Any]) -> None:
-    for plan, x in body["plans"].items():
-        names = list(x["layer"])
-        table(
-            f"AUROC of being right in the end, plan {plan}, stream {body['stream']}/test, n = {x['n']} "
-            f"({x['wrong']} wrong); look-up {x['table']:.3f}; 100 % − 25 %: {shown(x['late_minus_early'])}, over "
-            f"problems {shown(x['late_minus_early']['problems_ci'])}",
-            ("score", *names),
-            [("layer", *x["layer"].values()), ("trial answer", *(x["answer probability"].get(k, "–") for k in names))],
+def served(setup: Setup, heads: MetacogHeads, threshold: float, items: Sequence[Any]) -> dict[str, Any]:
+    """The engine itself with a card: own plan and budget, and two plans without a budget, with the rule and without."""
+    base, config = setup.base, setup.config
+    assert base.decider is not None and base.decider.card is not None
+    labels, old = setup.draw("calibration"), base.decider.card
+    bare = replace(base, decider=Decider(heads))
+    card, _ = calibrate(
+        bare, heads, labels, setup.items("calibration"), old.cost_order, config, dict(base.best_plan),
+        setup.cache / "labels",
+    )  # fmt: skip
+    found: dict[str, Any] = {"threshold": threshold, "rows": []}
+    for plan, budget in (("predicted", "predicted"), ("verify", None), ("steps", None)):
+        jobs = [Job(p, plan, budget, use_prediction=plan == "predicted", seed="studies") for p in items]
+        a, b = (
+            [g[0] for g in run(replace(base, decider=Decider(heads, card), rules=rules), jobs)]
+            for rules in (None, factory(Sure(threshold)))
         )
-    table("AUROC of 'closing at this boundary is right', plan verify", ("score", "AUROC"), [
-        (k, v) for k, v in body["right_now"].items()
+        used = [np.array([x.trace.used for x in found], dtype=float) for found in (a, b)]
+        loss, ci = metrics.paired_difference([x.correct for x in a], [x.correct for x in b])
+        found["rows"].append({
+            "plan": plan, "accuracy": float(np.mean([x.correct for x in a])), "tokens": float(used[0].mean()),
+            "loss": loss, "loss_ci": list(ci), "saved": 1.0 - used[1].sum() / max(1.0, used[0].sum()),
+            "saved_ci": list(metrics.bootstrap(lambda x, y: 1.0 - y.sum() / x.sum(), *used)),
+            "fired": float(np.mean([x.trace.stop == "confidence" for x in b])),
+            "reads": float(np.mean([len(x.trace.running) for x in b])),
+            "over": sum(x.trace.overshoot > 0 for x in b),
+        })  # fmt: skip
+    return found
+
+
+def _show(body: dict[str, Any], plan: str) -> None:
+    x = body["plans"][plan]
+    names = list(x["layers"])
+    for what in ("in the end", "here"):
+        places = list(x["layers"][names[0]][what])
+        table(
+            f"AUROC of being right {what}, plan {plan}, stream {body['stream']}/test, n = {x['n']}",
+            ("layer", *places),
+            [(name, *x["layers"][name][what].values()) for name in names]
+            + ([("share right here", *x["layers"][names[0]]["share right here"].values())] if what == "here" else []),
+        )
+    table(
+        f"'Closing at this boundary is right', plan {plan}, {x['boundaries']} boundaries, {x['right_now']:.3f} right",
+        ("score", "AUROC", "ECE"),
+        [*((name, x["layers"][name]["auroc"], x["layers"][name]["ece"]) for name in names),
+         ("answer probability", x["answer_auroc"], "–")],
+    )  # fmt: skip
+    shown_rules(f"Closing early, plan {plan}; settings from val, n = {body['val_n']}, ≤ {100 * TOLERANCE} points",
+                x["stopping"])  # fmt: skip
+    table(
+        f"Layer 'right here' − rival, plan {plan}, paired bootstrap over problems, per seed",
+        ("rival", "seed", "saved, points of %", "net of probes", "accuracy, points"),
+        [(rival, s, *(shown([100 * v for v in g[k]], 2) for k in ("saved", "saved_net", "accuracy")))
+         for rival, gs in x["against"].items() for s, g in enumerate(gs)],
+    )  # fmt: skip
+
+
+def _show_served(body: dict[str, Any]) -> None:
+    table("The other outputs on val labels: seeds' mean [95 %]", ("what", *next(iter(body["heads"].values()))), [
+        (METRICS[k], *v.values()) for k, v in body["heads"].items()
     ])  # fmt: skip
-    shown_rules(f"Closing early, plan verify; settings from val, n = {body['val_n']}, ≤ {100 * TOLERANCE} points",
-                body["stopping"])  # fmt: skip
+    table(
+        f"Served with rule sure, threshold {body['served']['threshold']:.4f}, seed 0, stream {body['stream']}/test",
+        ("plan", "accuracy without", "tokens without", "points lost", "saved", "closed early", "reads a problem"),
+        [(r["plan"], r["accuracy"], r["tokens"], f"{100 * r['loss']:.2f} {shown([100 * v for v in r['loss_ci']], 2)}",
+          f"{100 * r['saved']:.1f} % {shown([100 * v for v in r['saved_ci']], 1)}", r["fired"], r["reads"])
+         for r in body["served"]["rows"]],
+    )  # fmt: skip

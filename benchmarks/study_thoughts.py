@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from study_base import answers, look_up, quiet, say
+from study_base import look_up, quiet, say
 
 from gnomon.attempts import judge
 from gnomon.base.seeds import derive
@@ -24,20 +24,13 @@ from gnomon.decoding.slack import NOTHING, RuleConfig, SoftView, replay
 from gnomon.protocol.trace import Request, Trace
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.problem import Problem
+from gnomon.training.rollout import TrialAnswer as Trial
+from gnomon.training.rollout import trial_answers
 
 CUTS = (0, 4, 8, 16, 32, 64, 128)
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Views = tuple[SoftView, ...]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What answering at one place gives: right, mean log-prob per answer token, answer tokens."""
-
-    correct: bool
-    logprob: float
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -171,8 +164,8 @@ def with_trials(
     bare = replace(reasoner, decider=None, rules=None)
     given = [(thoughts[i].problem, thoughts[i].plan, thoughts[i].ids[:p]) for i, p in wanted]
     trials = [dict(t.trials) for t in thoughts]
-    for (i, p), got in zip(wanted, answers(bare, given, max_batch), strict=True):
-        trials[i][p] = Trial(*got)
+    for (i, p), got in zip(wanted, trial_answers(bare, given, max_batch), strict=True):
+        trials[i][p] = got
     return [replace(t, trials=found) for t, found in zip(thoughts, trials, strict=True)]
 
 
@@ -230,7 +223,9 @@ def outcomes(thoughts: Sequence[Thought], stops: Sequence[int | None]) -> Outcom
     return Outcomes(right, used, used < np.array([t.used for t in thoughts]))
 
 
-def by_table(held: Sequence[Thought], thoughts: Sequence[Thought], price: float) -> list[int | None]:
+def by_table(
+    held: Sequence[Thought], thoughts: Sequence[Thought], price: float, cuts: Sequence[int] = CUTS
+) -> list[int | None]:
     """The (family, level) look-up: the cut of highest accuracy − price × tokens on `held`, applied to `thoughts`.
 
     Accuracy and tokens of a cell are shrunk towards those of its family. On `held` itself each half is served by the
@@ -238,11 +233,11 @@ def by_table(held: Sequence[Thought], thoughts: Sequence[Thought], price: float)
     """
     if thoughts is held:
         halves = [held[k::2] for k in (0, 1)]
-        sides = [by_table(halves[1 - k], halves[k], price) for k in (0, 1)]
+        sides = [by_table(halves[1 - k], halves[k], price, cuts) for k in (0, 1)]
         return [sides[i % 2][i // 2] for i in range(len(held))]
     names = [(t.problem.task, t.problem.level) for t in held]
     family, level = [k[0] for k in names], [k[1] for k in names]
-    choices: tuple[int | None, ...] = (*CUTS, None)
+    choices: tuple[int | None, ...] = (*cuts, None)
     found = [outcomes(held, [c] * len(held)) for c in choices]
     right = [look_up(family, level, o.correct) for o in found]
     spent = [look_up(family, level, o.used) for o in found]

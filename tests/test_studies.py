@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from gnomon.attempts import Job, run
-from gnomon.decoding.slack import FixedCut, Margin, SoftView, factory
+from gnomon.decoding.slack import FixedCut, Margin, SoftView, Sure, factory
+from gnomon.metacognition.decide import Decider
+from gnomon.metacognition.heads import MetacogHeads
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
@@ -90,13 +92,50 @@ def test_the_answer_node_is_no_boundary_because_the_model_is_closing_there(thoug
         assert all(t.unchecked[p] <= t.closing[p] for p in range(t.used))
 
 
-def test_probe_labels_say_whether_closing_at_the_boundary_is_right(
-    studies: dict[str, Any], thoughts: list[Any], nano: Reasoner
+def test_closing_where_the_layer_is_sure_is_what_the_rule_does(
+    studies: dict[str, Any], nano: Reasoner, thoughts: list[Any]
 ) -> None:
-    with_all = studies["study_thoughts"].with_trials(nano, thoughts, lambda t: [u for u, _ in t.states])
-    found = studies["study_running"].probe_labels(with_all).arrays().boundary
-    wanted = [t.at(u).correct for t in with_all for u, _ in t.states]
-    assert found.correct.tolist() == wanted and found.used.tolist() == [u for t in with_all for u, _ in t.states]
+    """The study's policy, the rule in replay and the rule in the engine close the same thoughts at the same places."""
+    r, t = studies["study_running"], studies["study_thoughts"]
+    with_all = t.with_trials(nano, thoughts, lambda x: [u for u, _ in x.states])
+    assert nano.decider is not None and nano.decider.card is not None and nano.decider.card.running is not None
+    heads = MetacogHeads(nano.decider.heads.config.model_copy(update={"closing": True})).eval()
+    heads.load_state_dict(nano.decider.heads.state_dict())
+    running = nano.decider.card.running.model_copy(update={"closing_plans": ("verify",)})
+    card = nano.decider.card.model_copy(update={"running": running})
+    scale = (running.temperature, running.shift)
+    seen = r.probabilities(r.along(heads, with_all), scale)
+    said = sorted(x for s in seen for _, x in s)
+    at = (said[len(with_all)] + said[len(with_all) + 1]) / 2  # between two readings: their last bits may differ
+    closed = r.above(heads, scale)(at, with_all)
+    assert closed == [t.where(Sure(at), r.with_confidence(x, s)) for x, s in zip(with_all, seen, strict=True)]
+    jobs = [Job(x.problem, "verify", None, use_prediction=False) for x in with_all]
+    found = run(replace(nano, decider=Decider(heads, card), rules=factory(Sure(at))), jobs)
+    known = [g[0] for g in found if g[0].trace.running and g[0].trace.running[0][2] is not None]
+    assert len(known) > 4, "some prompts may be foreign to the card"
+    for x, stop, group in zip(with_all, closed, found, strict=True):
+        trace = group[0].trace
+        if trace.running and trace.running[0][2] is not None:
+            assert trace.used == (x.used if stop is None else stop)
+            assert group[0].correct == x.at(stop).correct
+    now = r.right_here(with_all)
+    assert now.tolist() == [x.at(u).correct for x in with_all for u, _ in x.states if u < x.used]
+    found_rises = r.rises(heads, with_all)
+    assert set(found_rises["here"]) == {"first", "25%", "50%", "75%", "100%"}
+
+
+def test_the_learned_rule_is_compared_with_what_the_others_cost(studies: dict[str, Any]) -> None:
+    """Equal stops: no difference in tokens, but the other rule has paid for its probes."""
+    r = studies["study_running"]
+    good = [made(studies, "a", dict.fromkeys((2, 4, 16, 32, 64, 128), True), {2: 3.0, 4: 1.0}, 10) for _ in range(8)]
+    rules = r.Stopping(good, good)
+    rules.scalars()
+    stops = rules.stops["answer probability"]
+    found = rules.against(stops, "answer probability")
+    assert stops == [2] * 8 and found["saved"][0] == 0 and found["saved_net"][0] == pytest.approx(3 / 10)
+    assert found["accuracy"][0] == 0
+    later = rules.against([4] * 8, "answer probability")
+    assert later["saved"][0] == pytest.approx(-0.2) and later["saved_net"][0] == pytest.approx(0.1)
 
 
 def test_the_setting_saves_most_within_the_tolerance(studies: dict[str, Any]) -> None:

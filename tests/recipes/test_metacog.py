@@ -106,3 +106,19 @@ def test_an_interrupted_run_says_so_and_keeps_its_labels(
         metacog.run_metacog(config(base), run)
     assert json.loads((run.folder / "status.json").read_text())["state"] == "stopped"
     assert LabelSet.load(next((run.folder / "labels").iterdir())).problems
+
+
+def test_trial_answers_make_the_running_confidence_that_of_closing(
+    made: demo.Demo, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train and calibration draws, kept and used again; without trial_n nothing changes."""
+    assert not made.outcome.trained.reasoner.decider.heads.config.closing  # type: ignore[union-attr]
+    cfg = config(base, trial_n=12, tasks="boolean,lookup")
+    found = train(Reasoner.load(base), cfg, tmp_path / "labels").reasoner
+    assert found.decider is not None and found.decider.heads.config.closing
+    drawn = sorted((p for p in (tmp_path / "labels").iterdir()), key=lambda p: p.name)
+    assert len(drawn) == 5, "labels of three splits, trial answers of two"
+    found.save_layer(tmp_path / "model")
+    assert Reasoner.load(tmp_path / "model").decider.heads.config.closing  # type: ignore[union-attr]
+    monkeypatch.setattr(metacog, "label_trials", lambda *_, **__: pytest.fail("made again"))
+    train(Reasoner.load(base), cfg, tmp_path / "labels")
