@@ -26,7 +26,7 @@ from gnomon.recipes.pretrain_config import resolve, resume_point, settle
 
 
 def train(folder: Path, data: Path, tiny: dict[str, Any]) -> None:
-    place, found = resume_point("auto", folder)
+    _, found = resume_point("auto", folder)
     config, changed = settle(found.values(), resolve(None, tiny, found.values())[0]) if found.path else (
         resolve(None, tiny)[0], []
     )  # fmt: skip
@@ -71,8 +71,8 @@ def main(out: Path, rounds: int, tiny: dict[str, Any]) -> None:
     assert not child(out / "reference", out / "data", tiny, 600)
     span = time.monotonic() - began
     wanted = losses(out / "reference")
-    facts: dict[str, Any] = {"kills": 0, "while_saving": 0, "unreadable": 0, "worst_loss": 0, "unequal": 0, "finished": 0,
-                             "resumed": 0}  # fmt: skip
+    names = ("kills", "while_saving", "unreadable", "worst_loss", "unequal", "finished", "resumed")
+    facts: dict[str, Any] = dict.fromkeys(names, 0)
     run, newest_before = out / "run", 0
     while facts["kills"] < rounds:
         killed = child(run, out / "data", tiny, dice.uniform(0, span))

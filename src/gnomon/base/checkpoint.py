@@ -16,7 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gnomon.base.atomic import TEMP, beside, disk_error, exchange, fsync_path, remove, replacing, write_atomic
+from gnomon.base.atomic import (
+    TEMP,
+    beside,
+    disk_error,
+    exchange,
+    fsync_path,
+    make_folder,
+    remove,
+    replacing,
+    write_atomic,
+)
 from gnomon.base.disk import (
     LEAST,
     OLD,
@@ -196,7 +206,7 @@ def publish(root: Path, step: int) -> Iterator[Path]:
     final = root / f"checkpoint-{step}"
     temp = beside(final, TEMP)
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         remove_orphans(root)
         temp.mkdir()
         yield temp

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from gnomon.base.atomic import write_atomic
-from gnomon.base.errors import DataError
 from gnomon.base.telemetry import finite
 from gnomon.evaluation.records import EvalRecord
 from gnomon.evaluation.report import ReportData, Table, interval, show, write_report
 from gnomon.evaluation.sweep import Sweep
+from gnomon.evaluation.training_report import training_report
 from gnomon.recipes.metacog import MetacogRunConfig, Outcome
 
 DATA_FILE: Final = "report.json"
@@ -141,7 +141,7 @@ def rewrite(folder: Path) -> Path:
 
     Raises DataError where the run has left neither.
     """
-    path, rows = folder / DATA_FILE, folder / "metrics.jsonl"
+    path = folder / DATA_FILE
     if path.is_file():
         body = json.loads(path.read_text(encoding="utf-8"))
         body.pop("nonfinite", None)
@@ -151,12 +151,7 @@ def rewrite(folder: Path) -> Path:
         return write_report(
             folder, ReportData(**body, records=records, tables=tables, sweep=Sweep.from_json(sweep) if sweep else None)
         )
-    lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
-    if not lines:
-        raise DataError(f"{folder} has measured nothing yet: neither {DATA_FILE} nor a row in metrics.jsonl")
-    curves = [json.loads(line) for line in lines]
-    step = max(1, len(curves) // 1000)
-    return write_report(folder, ReportData(folder.name, curves=curves[::step]))
+    return write_report(folder, training_report(folder))
 
 
 def _record(facts: Mapping[str, Any]) -> EvalRecord:

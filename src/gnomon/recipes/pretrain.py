@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,14 +107,16 @@ def prepare(
     config: CorpusConfig,
     workers: int = 2,
     progress: Callable[[int], object] | None = None,
+    poll: Callable[[], object] = lambda: None,
 ) -> int:
     """Write the corpus to `folder` as packed bins; records longer than `max_tokens` are dropped. Returns the count.
 
     workers: processes; with one, or for a corpus of a single chunk, everything happens in this process.
-    progress(n): records done so far.
+    progress(n): records done so far. poll(): called several times a second; what it raises ends the work.
     """
     spans = [(s, min(s + CHUNK, config.records)) for s in range(0, config.records, CHUNK)]
-    made = _in_processes(tok, config, spans, workers) if workers > 1 and len(spans) > 1 else _here(tok, config, spans)
+    several = workers > 1 and len(spans) > 1
+    made = _in_processes(tok, config, spans, workers, poll) if several else _here(tok, config, spans, poll)
 
     def records() -> Iterator[Encoded]:
         for chunk, (_, end) in zip(made, spans, strict=True):
@@ -125,24 +127,37 @@ def prepare(
     return write_bin(folder, config.split, records(), {"config": config.model_dump(mode="json")})
 
 
-def _here(tok: Tokenizer, config: CorpusConfig, spans: list[tuple[int, int]]) -> Iterator[list[Encoded]]:
+def _here(
+    tok: Tokenizer, config: CorpusConfig, spans: list[tuple[int, int]], poll: Callable[[], object]
+) -> Iterator[list[Encoded]]:
     for start, end in spans:
-        yield _chunk(tok.model, config, start, end)
+        chunk: list[Encoded] = []
+        for first in range(start, end, CHUNK // 10):
+            poll()
+            chunk += _chunk(tok.model, config, first, min(first + CHUNK // 10, end))
+        yield chunk
 
 
 def _in_processes(
-    tok: Tokenizer, config: CorpusConfig, spans: list[tuple[int, int]], workers: int
+    tok: Tokenizer, config: CorpusConfig, spans: list[tuple[int, int]], workers: int, poll: Callable[[], object]
 ) -> Iterator[list[Encoded]]:
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     # Ctrl-C reaches the whole process group: the workers leave it to us, who then drop what has not begun.
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
-        try:
-            for job in [pool.submit(_chunk, tok.model, config, a, b) for a, b in spans]:
-                yield job.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    )
+    try:
+        for job in [pool.submit(_chunk, tok.model, config, a, b) for a, b in spans]:
+            while not wait((job,), timeout=0.2).done:
+                poll()
+            yield job.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # a chunk takes seconds, and nobody wants it any more
+        raise
+    pool.shutdown()
 
 
 class PretrainConfig(BaseModel):

@@ -24,9 +24,9 @@ from gnomon.training.runtime import Pace
 
 TOKENS_PER_RECORD: Final = 56  # a little below the mean, so that a run does not see a record twice
 RECORDS: Final = (2_000, 1_000_000)
-# What happens to a field that differs from the checkpoint: these keep their old value or cannot change at all.
+# Fields that a resumed run cannot change.
 FIXED: Final = ("model.", "vocab_size", "tokenizer")
-IGNORED: Final = ("corpus.",)
+CORPUS: Final = "corpus."
 
 
 class ShapeConfig(Config):
@@ -238,16 +238,22 @@ def settle(old: Mapping[str, Any], new: PretrainRunConfig) -> tuple[PretrainRunC
     Raises ConfigError for a change of the model's shape or tokenizer.
     """
     before = configs.dump(configs.validate(PretrainRunConfig, old))
-    lines, corpus = [], False
+    lines = []
     for key, (was, now) in configs.differences(before, configs.dump(new)).items():
         if key.startswith(FIXED):
             raise ConfigError(f"{key} is {was} in the checkpoint and cannot become {now}: start a new run for that")
-        ignored = key.startswith(IGNORED)
-        corpus = corpus or ignored
-        effect = "no effect, the corpus stays as it was made" if ignored else "takes effect"
-        if key in ("rows", "row_length", "seed"):
+        effect = "takes effect"
+        if key.startswith(CORPUS):
+            effect += "; records are made anew, unless --data names some"
+        elif key in ("rows", "row_length", "seed"):
             effect += "; which records come next differs from an unbroken run"
         lines.append(f"{key}: {was} -> {now} ({effect})")
-    if corpus:
-        new = new.model_copy(update={"corpus": CorpusConfig.model_validate(before["corpus"])})
     return new, lines
+
+
+def data_folder(run: Path, corpus: CorpusConfig, changed: Iterable[str]) -> Path:
+    """Where a run keeps the records that it makes: `data`, or beside it when a resumed run has another mixture."""
+    if not any(line.startswith(CORPUS) for line in changed):
+        return run / "data"
+    text = json.dumps(corpus.model_dump(mode="json"), sort_keys=True)
+    return run / f"data-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -31,7 +31,7 @@ from gnomon.model.folder import load_decoder, save_decoder
 from gnomon.reasoner import shipped
 from gnomon.recipes.logic_check import logic_check
 from gnomon.recipes.pretrain import CorpusConfig, Objective, mixture_of, prepare, step_losses, train_tokenizer
-from gnomon.recipes.pretrain_config import PretrainRunConfig
+from gnomon.recipes.pretrain_config import CORPUS, PretrainRunConfig, data_folder
 from gnomon.training import optim
 from gnomon.training.ema import Ema
 from gnomon.training.loop import Loss
@@ -95,9 +95,12 @@ def corpus_config(folder: Path, split: str = "train") -> CorpusConfig | None:
 
 
 def prepare_data(
-    folder: Path, config: PretrainRunConfig, progress: Progress | None = None
+    folder: Path, config: PretrainRunConfig, progress: Progress | None = None, poll: Callable[[], object] = lambda: None
 ) -> tuple[Tokenizer, Bins, str]:
-    """The tokenizer and packed records of `folder`, generated when they are not there; and the tokenizer's origin."""
+    """The tokenizer and packed records of `folder`, generated when they are not there; and the tokenizer's origin.
+
+    poll(): called several times a second while records are made; what it raises ends that.
+    """
     mixture_of(config.corpus)  # unknown tasks and levels are refused before anything is written
     ready = corpus_config(folder, config.corpus.split)
     tok, origin = tokenizer_for(folder, config, progress)
@@ -105,7 +108,7 @@ def prepare_data(
         folder.mkdir(parents=True, exist_ok=True)
         tok.save(folder)
         told = _to_counter(progress("corpus", config.corpus.records)) if progress else None
-        prepare(folder, tok, config.corpus, config.workers, told)
+        prepare(folder, tok, config.corpus, config.workers, told, poll)
     return tok, Bins(folder, config.corpus.split), origin
 
 
@@ -193,7 +196,7 @@ def _run(
         emit("checkpoint/skipped", level="warning", name=name, why=why)
     if opened:
         opened.status("running", stage="data", total=config.steps, step=start.step)
-    place = data or _data_of(start) or folder / "data"
+    place = data or _data_of(start) or data_folder(folder, config.corpus, start.changed)
     tok, source, facts = _data(config, place, progress, team, signals)
     if opened:
         opened.write_json("data.json", facts)
@@ -229,7 +232,9 @@ def _run(
 
 
 def _data_of(start: Start) -> Path | None:
-    """The corpus that a checkpoint was trained on, where it still is."""
+    """The corpus that a checkpoint was trained on, where it still is and still wanted."""
+    if any(line.startswith(CORPUS) for line in start.changed):
+        return None
     place = Path(str(start.facts.get("data_folder", "")))
     return place if start.checkpoint and (place / MODEL_FILE).is_file() else None
 
@@ -241,8 +246,13 @@ def _data(
     origin = ""
     stopped = False
     if team.leader:
+
+        def poll() -> None:
+            if signals.requested:
+                raise StopRequested
+
         try:
-            _, made, origin = prepare_data(place, config, _polled(progress, signals))
+            _, made, origin = prepare_data(place, config, progress, poll)
             made.close()
         except StopRequested:
             stopped = True
@@ -259,23 +269,6 @@ def _data(
         "tokens": bins.tokens,
     }
     return tok, source, facts
-
-
-def _polled(progress: Progress | None, signals: StopSignals) -> Progress:
-    """`progress` whose counters end the work once a signal has come."""
-
-    def begin(title: str, total: int) -> Callable[..., object]:
-        count = progress(title, total) if progress else None
-
-        def advance(n: int, note: str = "") -> None:
-            if signals.requested:
-                raise StopRequested
-            if count:
-                count(n, note) if note else count(n)
-
-        return advance
-
-    return begin
 
 
 class Pretraining:

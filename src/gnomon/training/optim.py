@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from gnomon.base.errors import ConfigError
+from gnomon.training.muon import Muon
 
 
 class OptimConfig(BaseModel):
@@ -24,14 +25,18 @@ class OptimConfig(BaseModel):
     floor: float = Field(default=0.02, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
 
+    @model_validator(mode="after")
+    def _warms_up_first(self) -> OptimConfig:
+        if self.warmup + self.decay > 1:
+            raise ConfigError(
+                f"optim.warmup {self.warmup} + optim.decay {self.decay} exceed 1: the schedule would end before it "
+                "has warmed up; lower one of them"
+            )
+        return self
+
 
 def schedule(config: OptimConfig, fraction: float) -> float:
     """Warm-up, plateau, linear decay to `floor`: fraction of the run in [0, 1) -> factor on the learning rate."""
-    if config.warmup + config.decay > 1:
-        raise ConfigError(
-            f"optim.warmup {config.warmup} + optim.decay {config.decay} exceed 1: the schedule would end before it "
-            "has warmed up; lower one of them."
-        )
     if fraction < config.warmup:
         return max(fraction / config.warmup, 0.01)
     left = (1 - fraction) / config.decay if config.decay else 1.0
@@ -57,6 +62,6 @@ def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     rates = {"embed": config.embed_lr, "unembed": config.unembed_lr, "hyper": config.hyper_lr}
     groups = [{"params": params, "lr": rates[kind]} for kind, params in rest.items() if params]
     return [
-        torch.optim.Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=0.0),
+        Muon(matrices, lr=config.lr, momentum=config.momentum),
         torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
     ]

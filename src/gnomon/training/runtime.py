@@ -19,7 +19,7 @@ import torch
 from gnomon.base import checkpoint
 from gnomon.base.control import ACK, Ack, Command, ControlReader, Rejected
 from gnomon.base.disk import Ballast
-from gnomon.base.errors import CheckpointError
+from gnomon.base.errors import CheckpointError, NotFiniteError
 from gnomon.base.folders import size_of
 from gnomon.base.runs import Run, copy_provenance
 from gnomon.base.stopping import StopSignals
@@ -157,6 +157,8 @@ class Runtime:
                     team=self.team,
                     factor=self.trainee.factor,
                 )["last"]
+                if self.at.step > self.saved_at:
+                    self.save(last=True)
                 break
             except UnstableError as error:
                 self._roll_back(error)
@@ -164,8 +166,6 @@ class Runtime:
                 if self.team.size == 1 and self.at.step > self.saved_at:
                     self.save()
                 raise
-        if self.at.step > self.saved_at:
-            self.save(last=True)
         done = self.at.step
         return {
             "step": done,
@@ -247,11 +247,16 @@ class Runtime:
     # --- saving ------------------------------------------------------------------------------------------------------
 
     def save(self, last: bool = False) -> None:
-        """Publish checkpoint-<step> and remove what need not stay."""
-        gathered = self.trainee.gathered()
+        """Publish checkpoint-<step> and remove what need not stay. Raises UnstableError for weights with NaN."""
+        gathered, why = self.trainee.gathered(), None
         if self.run:
-            self._publish(self.run, gathered, last)
-        self.team.wait()
+            try:
+                self._publish(self.run, gathered, last)
+            except NotFiniteError as error:
+                why = str(error)
+                self._emit("checkpoint/refused", level="warning", step=self.at.step, why=why)
+        if self.team.tell(why):  # after this all processes are here
+            raise UnstableError(self.at.step, "the weights are not finite")
         self.saved_at = self.at.step
 
     def _publish(self, run: Run, gathered: Any, last: bool) -> None:
