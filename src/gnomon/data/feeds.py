@@ -19,6 +19,7 @@ from gnomon.data.readers import Reader
 from gnomon.data.rows import Form, Sample, encode_sample
 from gnomon.data.tokenizer import Tokenizer
 
+IN_ORDER: Final = 256  # rows of a block that is given as it stands
 BLOCK_CHARS: Final = 16 * 2**20  # a block of long rows is shorter
 
 
@@ -184,7 +185,7 @@ class Feed:
         how, place = self.reading, self._next
         self._begin, self._drawn, self._block = place, 0, []
         rng = seeds.rng("block", how.seed, self.name, place.epoch, place.block)
-        limit = max(1, how.shuffle)
+        limit = how.shuffle or IN_ORDER
         if place.epoch and not place.block:
             limit = rng.randint(1, limit)  # later passes group the rows in another way
         order, tally, chars, rows = self._order(place.epoch), place.tally, 0, 0

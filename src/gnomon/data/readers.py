@@ -20,7 +20,7 @@ from gnomon.base.errors import ConfigError, DataError
 from gnomon.data.ingest import MAX_ROW_BYTES, Raw
 
 MAX_RATIO: Final = 100  # of compressed data
-RATIO_FREE: Final = 64 * 2**20  # bytes that may come out of any file, whatever its ratio
+RATIO_FREE: Final = 16 * 2**20  # bytes that may come out of any file, whatever its ratio
 MAX_UNPACKED: Final = 2**40
 CHECK_EVERY: Final = 256  # rows between two looks at the file on disk
 BOM: Final = b"\xef\xbb\xbf"

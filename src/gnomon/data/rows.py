@@ -84,7 +84,10 @@ class Form:
         if messages is not None:
             found = self._conversation(messages)
         elif self._get(row, "completion") is not None or self._get(row, "prompt") is not None:
-            prompt = _text(self._get(row, "prompt"), self._names("prompt")[0])
+            for role in ("prompt", "completion"):
+                if self._get(row, role) is None:
+                    raise BadRow(f"{self._names(role)[0]!r} is missing (it has: {', '.join(map(str, list(row)[:8]))})")
+            prompt = _text(self._get(row, "prompt"), "prompt")
             found = [self._turn(prompt, self._get(row, "completion"), self._get(row, "reasoning"), "completion")]
         elif text is not None:
             found = [Sample("", None, _text(text, "text"))]

@@ -30,7 +30,7 @@ from gnomon.data.tokenizer import Tokenizer
 CHUNK_ROWS: Final = 32
 ROUND: Final = 64  # row lengths are multiples of it
 QUANTILE: Final = 0.99
-MAX_LOST: Final = 10_000  # records in a row that do not fit
+MAX_LOST: Final = 1_000  # records in a row that do not fit
 TASKS: Final = "tasks"  # the built-in mixture, in `weights`
 
 
@@ -187,10 +187,10 @@ class TextSource:
             stream = self._due(shares)
             size = stream.draw(None).size
             shares[stream.name] = shares.get(stream.name, 0) + size
-            _count(sizes, size)
+            count_size(sizes, size)
         for stream in self._streams:
             stream.restore(None)
-        return min(self.context, _quantile(sizes))
+        return min(self.context, quantile(sizes))
 
     def _snapshot(self) -> dict[str, Any]:
         s = self._state
@@ -252,7 +252,7 @@ class TextSource:
         s = self._state
         assert s.tokens is not None and s.sizes is not None
         if self.config.max_len == "auto" and s.records >= self.config.probe:
-            s.length = max(s.length, min(self.context, _quantile(s.sizes)))
+            s.length = max(s.length, min(self.context, quantile(s.sizes)))
         self._before = self._snapshot()
         records: list[Encoded] = []
         tokens = lost = 0
@@ -262,7 +262,7 @@ class TextSource:
             drawn = stream.draw(room)
             size = len(drawn.record.ids)
             s.records += 1
-            _count(s.sizes, drawn.size)
+            count_size(s.sizes, drawn.size)
             s.too_long += drawn.size > s.length
             if size > s.length:
                 lost += 1
@@ -295,13 +295,14 @@ def pack(records: Sequence[Encoded], length: int) -> list[list[int]]:
     return sorted((sorted(members) for _, members in rows), key=lambda row: row[0])
 
 
-def _count(sizes: dict[str, int], size: int) -> None:
+def count_size(sizes: dict[str, int], size: int) -> None:
+    """One more record of `size` ids in a table by units of 64 (keys are texts, as in JSON)."""
     unit = str(-(-size // ROUND))
     sizes[unit] = sizes.get(unit, 0) + 1
 
 
-def _quantile(sizes: Mapping[str, int]) -> int:
-    """The 99th percentile, rounded up to 64."""
+def quantile(sizes: Mapping[str, int]) -> int:
+    """The 99th percentile of such a table, rounded up to 64; 64 when it is empty."""
     left = QUANTILE * sum(sizes.values())
     for unit in sorted(sizes, key=int):
         left -= sizes[unit]

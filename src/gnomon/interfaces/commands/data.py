@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from gnomon.base import config as configs
 from gnomon.base.errors import ConfigError, unknown
 from gnomon.interfaces import console, options
 
@@ -62,34 +63,46 @@ def prepare(
     console.say(f"{len(bins):,} records, {bins.tokens:,} tokens in {out}; tokenizer: {origin}")
 
 
-def inspect(folder: Path, *, n: int = 5, start: int = 0, split: str = "train") -> None:
-    """Show records of a packed corpus with their roles: what is trained, what is given, what is a tag.
+def inspect(
+    what: Annotated[
+        list[str] | None, Parameter(help="Folder of a corpus, or text files; the name after --dataset")
+    ] = None,
+    *,
+    n: int = 5,
+    start: int = 0,
+    split: str = "train",
+    dataset: str | None = None,
+    columns: str = "",
+    rows: int = 2_000,
+    on_tags: str = "escape",
+    tokenizer: Path | None = None,
+    json: Annotated[bool, Flag] = False,
+) -> None:
+    """Show records with their roles: what is trained, what is given, what is a tag; of text files also what is wrong.
 
     Args:
-        folder: Folder of a corpus.
+        what: Folder of a packed corpus, or .jsonl, .jsonl.gz, .parquet and .arrow files.
         n: How many records.
         start: Number of the first one.
-        split: Which bin of the folder.
+        split: Which bin of the folder, or split of the data set.
+        dataset: A data set that `datasets` streams, by name.
+        columns: Names of its own for roles, such as prompt=question,completion=answer.
+        rows: Rows of each file that are read and counted; 0 = all.
+        on_tags: Rows whose text spells a tag: escape or quarantine.
+        tokenizer: Folder of a model or tokenizer; by default the corpus's, or the shipped one.
+        json: One JSON object on stdout.
     """
-    from rich.text import Text
+    from gnomon.data.stream import TextConfig
+    from gnomon.interfaces.inspecting import show_corpus, show_text
 
-    from gnomon.data.corpus import Bins
-    from gnomon.data.tokenizer import Tokenizer
-
-    bins, tok = Bins(folder, split), Tokenizer.load(folder)
-    if not 0 <= start < len(bins):
-        raise ConfigError(f"start = {start}, but {folder} holds records 0 to {len(bins) - 1}")
-    out = console.out()
-    out.print(Text.assemble(("trained ", "green"), ("given ", "dim"), ("tag, trained ", "bold green"), ("tag", "cyan")))
-    for index in range(start, min(start + n, len(bins))):
-        record = bins.record(index)
-        line = Text.assemble((f"{index}: ", "bold"))
-        for ident, trained in zip(record.ids, record.loss, strict=True):
-            tag = ident in tok.control
-            style = ("bold green" if trained else "cyan") if tag else ("green" if trained else "dim")
-            line.append(tok.decode([ident]) if not tag else tok.control[ident], style=style)
-        out.print(line)
-        out.print(f"   {len(record.ids)} tokens, {sum(record.loss)} trained")
+    paths = what or []
+    if not paths and not dataset:
+        raise ConfigError("nothing to inspect: give the folder of a corpus, text files, or --dataset NAME")
+    if len(paths) == 1 and (Path(paths[0]) / f"{split}.idx").is_file():
+        show_corpus(Path(paths[0]), n, start, split, tokenizer, json)
+        return
+    values = {"files": tuple(paths), "dataset": dataset, "split": split, "columns": columns, "on_tags": on_tags}
+    show_text(configs.validate(TextConfig, values), tokenizer, rows, n, start, json)
 
 
 def tokenizer_train(
