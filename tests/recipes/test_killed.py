@@ -46,4 +46,4 @@ def test_a_few_kills(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_hundred_kills(tmp_path: Path) -> None:
     facts = killed(tmp_path, 200, 24)
-    assert facts["while_saving"] >= 20 and facts["resumed"] >= 50 and facts["finished"] >= 3
+    assert facts["while_saving"] >= 10 and facts["resumed"] >= 50 and facts["finished"] >= 3

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -74,9 +74,21 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, which every process holds whole, on the device of `like` and sharded as it is."""
+    """`tensor`, which every process holds whole and alike, on the device of `like` and sharded as it is."""
     tensor = tensor.to(like.device)
-    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # nothing is sent
+
+
+def on_whole(function: Callable[[Sequence[Tensor]], list[Tensor]]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """`function` of whole tensors as one of sharded tensors: gathers, calls it on every process, shards again."""
+
+    def called(tensors: Sequence[Tensor]) -> list[Tensor]:
+        found = function([whole(t) for t in tensors])
+        return [part_like(f.to(t.dtype), t) for f, t in zip(found, tensors, strict=True)]
+
+    return called
 
 
 @torch.no_grad()
