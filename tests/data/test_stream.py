@@ -288,12 +288,13 @@ def test_another_config_takes_effect_on_resume(tok: Tokenizer, tmp_path: Path) -
     for wrong in ({"chunk": 3}, {"chunk": {}, "taken": 1}, {**cursor, "taken": "x"}):
         with pytest.raises(DataError, match="cannot be read"):
             source(tok, a, b).seek(6, wrong)
-    deep = source(tok, a)
+    c = write(tmp_path, "jsonl", [row(i) for i in range(700)], "c")
+    deep = source(tok, c)
     cursors = [over_the_wire(deep.step(k).cursor) for k in range(40)]
-    cursor = next(c for c in cursors if c["chunk"]["places"][str(a)]["at"])
-    write(tmp_path, "jsonl", [row(1)], "a")
-    with pytest.raises(DataError, match=r"a\.jsonl has \d+ bytes, but the run stood at \d+"):
-        source(tok, a).seek(11, cursor)
+    cursor = next(x for x in cursors if x["chunk"]["places"][str(c)]["at"])
+    write(tmp_path, "jsonl", [row(1)], "c")
+    with pytest.raises(DataError, match=r"c\.jsonl has \d+ bytes, but the run stood at \d+"):
+        source(tok, c).seek(11, cursor)
 
 
 def test_the_fingerprint_follows_the_data(tok: Tokenizer, tmp_path: Path) -> None:

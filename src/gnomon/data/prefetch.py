@@ -6,9 +6,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from gnomon.data.corpus import Source, StepData
+if TYPE_CHECKING:
+    from gnomon.data.corpus import Source, StepData
 
 LOOK: Final = 0.2  # seconds between two looks at whether the thread still lives, and for signals
 
