@@ -233,22 +233,66 @@ def gates_by_token(sample: Mapping[str, Any]) -> Any:
     return figure
 
 
-def training_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """One small chart per metric of a training log; rows hold `step` and slash names. At most 9 charts."""
-    names = sorted(
-        {k for r in rows for k, v in r.items() if k not in ("step", "time") and isinstance(v, (int, float))}
-    )[:9]
+# What a training run is watched by, in this order; other metrics follow by name.
+_FIRST: Final[tuple[str, ...]] = (
+    "train/loss", "eval/logic_accuracy", "train/tok_per_sec", "train/grad_norm", "train/lr", "train/skipped",
+    "data/wait_share", "budget/used", "budget/predicted",
+)  # fmt: skip
+_LOGARITHMIC: Final = ("train/grad_norm",)
+MOST_CURVES: Final = 12
+Mark = tuple[float, int, str]  # step, index of COLOURS, word
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], marks: Sequence[Mark] = ()) -> Any:
+    """One small chart per metric of a training log; rows hold `step` and slash names. At most 12 charts.
+
+    Long noisy curves are drawn faint with a running median over them. marks: steps at which something happened.
+    """
+    known = {k for r in rows for k, v in r.items() if k not in ("step", "time") and isinstance(v, (int, float))}
+    names = [*(n for n in _FIRST if n in known), *sorted(known - {*_FIRST, "tokens"})][:MOST_CURVES] or sorted(known)
     columns = min(3, max(1, len(names)))
     lines = max(1, math.ceil(len(names) / columns))
-    figure, axes = pyplot().subplots(lines, columns, figsize=(4.0 * columns, 2.5 * lines), squeeze=False)
+    figure, axes = pyplot().subplots(lines, columns, figsize=(4.0 * columns, 2.5 * lines), squeeze=False, sharex=True)
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
     for ax, name in zip(axes.flat, names, strict=False):
         points = [
             (r["step"], r[name]) for r in rows if isinstance(r.get(name), (int, float)) and math.isfinite(r[name])
         ]
-        ax.plot([p[0] for p in points], [p[1] for p in points], color=COLOURS[0], lw=1.5)
+        _curve(ax, name, points)
+        for step, colour, _ in marks:
+            ax.axvline(step, color=COLOURS[colour], lw=0.8, ls=":", alpha=0.8, zorder=0)
         ax.set_title(name, fontsize=10)
+        ax.tick_params(labelbottom=True)
+    words = {word: colour for _, colour, word in marks}
+    if words:
+        line = pyplot().Line2D
+        handles = [line([], [], color=COLOURS[c], lw=1.2, ls=":", label=w) for w, c in words.items()]
+        figure.legend(handles=handles, loc="lower right", ncols=len(handles), fontsize=9)
     figure.supxlabel("step", color=MUTED, fontsize=10)
     figure.tight_layout()
     return figure
+
+
+def _curve(ax: Any, name: str, points: Sequence[tuple[float, float]]) -> None:
+    """One metric over steps: few points as dots and line, many as they are under their running median."""
+    x, y = [p[0] for p in points], np.array([p[1] for p in points], dtype=np.float64)
+    if name in _LOGARITHMIC and len(y) and (y > 0).all():
+        ax.set_yscale("log")
+    if name.endswith("accuracy"):
+        ax.set_ylim(-0.03, 1.03)
+    elif len(y) and y.min() == y.max() >= 0:  # constant: not a hundredth of a unit high
+        ax.set_ylim(0, max(1.0, 1.3 * float(y.max())))
+    if len(y) <= 40:
+        ax.plot(x, y, color=COLOURS[0], lw=1.5, marker="o", ms=3)
+        return
+    half = max(2, len(y) // 60)
+    middle = [float(np.median(y[max(0, i - half) : i + half + 1])) for i in range(len(y))]
+    steady = name in ("train/lr", "train/skipped")
+    ax.plot(x, y, color=COLOURS[0], lw=1.5 if steady else 0.8, alpha=1.0 if steady else 0.3)
+    if not steady:
+        ax.plot(x, middle, color=COLOURS[0], lw=1.6)
+        low, high = np.percentile(y, (0.5, 99.5))
+        room = 0.15 * (high - low) or 0.1 * abs(high) or 0.1
+        if ax.get_yscale() == "linear" and name != "train/loss" and high > low:
+            ax.set_ylim(low - room, high + room)  # a pause or a check must not flatten the rest

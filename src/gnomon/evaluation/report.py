@@ -55,6 +55,7 @@ class ReportData:
     """What a report shows; parts that are missing are left out.
 
     summary: of `summarise`; alpha: mean weight per layer for each site; curves: rows of a training log;
+    marks: steps to mark in the curves; tiles: (value, label) at the head, behind those of the summary;
     gates: of the side adapters over one thought (plots.gates_by_token);
     facts: lines of provenance (command, seed, model, machine); tables: shown after the charts.
     """
@@ -68,6 +69,8 @@ class ReportData:
     gates: Mapping[str, Any] = field(default_factory=dict)
     tables: Sequence[Table] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    marks: Sequence[plots.Mark] = ()
+    tiles: Sequence[tuple[str, str]] = ()
 
 
 def write_report(folder: Path, data: ReportData) -> Path:
@@ -128,7 +131,9 @@ def _charts(data: ReportData) -> list[tuple[str, str, str, Callable[[], Any]]]:
         note = f"Gate factors of this thought are {data.gates['reach']:.2f} away from 1 (root mean square)."
         charts.append(("gates_by_token", "Side adapters", note, lambda: plots.gates_by_token(data.gates)))
     if data.curves:
-        charts.append(("training_curves", "Training curves", "", lambda: plots.training_curves(data.curves)))
+        charts.append(
+            ("training_curves", "Training curves", "", lambda: plots.training_curves(data.curves, data.marks))
+        )
     return charts
 
 
@@ -152,6 +157,10 @@ def _head(data: ReportData) -> str:
         if low is not None and high is not None:
             label += f" [{show(low * scale)}, {show(high * scale)}]"
         tiles.append(f'<div class="tile"><b>{value}</b><span>{html.escape(label)}</span></div>')
+    tiles += [
+        f'<div class="tile"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
+        for value, label in data.tiles
+    ]
     count = f"{s['n']} problems ({s['unique_n']} distinct)" if s else ""
     grid = f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
     return f'<h1>{html.escape(data.title)}</h1><p class="lead">{count}</p>{grid}'
