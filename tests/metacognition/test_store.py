@@ -135,14 +135,14 @@ def test_tensors_that_do_not_fit_are_named(
     state = load_tensors(tmp_path, store.WEIGHTS_FILE)
     change(state)
     save_tensors(tmp_path, store.WEIGHTS_FILE, state)
-    with pytest.raises(CheckpointError, match=rf"does not fit its config: {name}$"):
+    with pytest.raises(CheckpointError, match=rf"does not fit its config.*: {name}$"):
         store.load(tmp_path, BASE)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda b: b.pop("steerer"), CheckpointError, "does not fit its config: steerer.adapters.bias"),
+        (lambda b: b.pop("steerer"), CheckpointError, "does not fit its config.*: steerer.adapters.bias"),
         (lambda b: b["steerer"].update(rank=9), CheckpointError, "steerer.adapters.down, steerer.adapters.up$"),
         (lambda b: b["steerer"].update(rank="wide"), CheckpointError, "cannot be read: .*rank"),
         (lambda b: b["steerer"].update(extra=1), CheckpointError, "cannot be read: .*extra"),

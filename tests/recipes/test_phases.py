@@ -242,6 +242,8 @@ def test_the_report_shows_the_phases_and_where_adapters_open(folder: Path, tmp_p
         ({"steer": {"gate_layer": None, "adapter_layers": ()}}, "does nothing"),
         ({"c": {"adapt": {"mode": "last_k", "last_k": 7}}}, "last_k = 7, but this model has 2 blocks"),
         ({"c": {"adapt": {"mode": "lora", "lora": {"targets": ("nose",)}}}}, "nose"),
+        ({"heads": {"layers": (1, 44)}}, "no layer 44: the base has 2 blocks, 0 to 1"),
+        ({"strategies": ("steps", "verfy")}, "unknown strategy 'verfy'; did you mean 'verify'"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_labelled(

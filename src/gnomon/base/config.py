@@ -156,12 +156,17 @@ def validate(model: type[C], values: Mapping[str, Any]) -> C:
     try:
         return model.model_validate(_on_defaults(model, values))
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            key = ".".join(str(p) for p in item["loc"]) or "(all)"
-            given = "" if item["type"] == "missing" else f"; given {str(item['input'])[:80]!r}"
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{given}")
-        raise ConfigError(f"{model.__name__}: " + "\n  ".join(lines)) from None
+        raise ConfigError(f"{model.__name__}: " + "\n  ".join(faults(error))) from None
+
+
+def faults(error: ValidationError) -> list[str]:
+    """What is wrong, one line a key: `temperature.before: Input should be greater than 0; given '-1.0'`."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(p) for p in item["loc"])
+        given = "" if item["type"] == "missing" or not key else f"; given {str(item['input'])[:80]!r}"
+        lines.append(f"{key or '(all)'}: {item['msg'].removeprefix('Value error, ')}{given}")
+    return lines
 
 
 def _on_defaults(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gnomon.base.config import faults
 from gnomon.base.errors import CheckpointError, ModelError
 
 VERSION: Final = 1
@@ -217,7 +218,8 @@ class Card(_Frozen):
         except FileNotFoundError:
             raise CheckpointError(f"no calibration card at {path}; make one with `gnomon calibrate`") from None
         except (ValueError, TypeError, AttributeError) as err:
-            raise CheckpointError(f"the calibration card {path} cannot be used: {err}") from err
+            why = "; ".join(faults(err)) if isinstance(err, ValidationError) else err
+            raise CheckpointError(f"the calibration card {path} cannot be used: {why}") from err
         if stored != card.digest():
             raise CheckpointError(f"the calibration card {path} was changed after fitting; run `gnomon calibrate`")
         if weights is not None and card.weights != weights:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from gnomon.base.atomic import write_atomic
 from gnomon.base.checkpoint import load_tensors, save_tensors
+from gnomon.base.config import faults
 from gnomon.base.errors import CheckpointError, ModelError
 from gnomon.metacognition.calibration import FILE_NAME as CARD_FILE
 from gnomon.metacognition.calibration import Card
@@ -89,7 +90,8 @@ def load(folder: Path, base: str | None = None, tokenizer: str | None = None) ->
         steering = SteerConfig.model_validate(body["steerer"]) if "steerer" in body else None
         made_on, written_by = str(body["base"]), body.get("tokenizer")
     except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; train the heads again") from None
+        why = "; ".join(faults(error)) if isinstance(error, ValidationError) else repr(error)
+        raise CheckpointError(f"{path} cannot be read: {why}; train the heads again") from None
     if base is not None and made_on != base:
         raise ModelError(
             f"the metacognitive layer in {folder} was trained on base {made_on[:12]}, but this base is {base[:12]}; "
@@ -109,9 +111,23 @@ def load(folder: Path, base: str | None = None, tokenizer: str | None = None) ->
     wrong = sorted(set(wanted.items()) ^ {(k, v.shape) for k, v in state.items()})
     if wrong:
         names = ", ".join(dict.fromkeys(name for name, _ in wrong[:5]))
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit its config: {names}")
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} does not fit its config; copy both again, or train the heads again: {names}"
+        )
     heads.load_state_dict({k: v for k, v in state.items() if not k.startswith(_STEERER)})
     if steerer is not None:
         steerer.load_state_dict({k.removeprefix(_STEERER): v for k, v in state.items() if k.startswith(_STEERER)})
     card = Card.load(folder / CARD_FILE, fingerprint(heads, steerer)) if (folder / CARD_FILE).is_file() else None
+    if card is not None:
+        _fits(card, config, folder / CARD_FILE)
     return Layer(heads, card, steerer, body.get("adaptation"))
+
+
+def _fits(card: Card, config: MetacogConfig, path: Path) -> None:
+    """Raise CheckpointError where a card reads blocks or states that this base does not have."""
+    domain, width = card.domain, len(card.domain.precision)
+    if domain.layer >= config.n_layers or width != config.hidden_size:
+        raise CheckpointError(
+            f"the calibration card {path} reads {width} numbers of block {domain.layer}, but the base has "
+            f"{config.n_layers} blocks of {config.hidden_size}; run `gnomon calibrate`"
+        )

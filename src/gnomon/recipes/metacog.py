@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from gnomon.attempts import Job, run
-from gnomon.base.config import Config
-from gnomon.base.errors import DataError, ModelError
+from gnomon.base.config import Config, faults
+from gnomon.base.errors import ConfigError, DataError, ModelError, unknown
 from gnomon.base.runs import Run
 from gnomon.base.seeds import derive
 from gnomon.base.telemetry import Progress
@@ -225,6 +225,7 @@ def train(
             f"{config.base} is a layer that acts on its base (gate, adapters, an adaptation); a new one is trained on "
             "the base alone: name the base with --base"
         )
+    _check(base, config)
     if config.phases != "A":
         phases.check(base, config.steer, (config.b, config.c)[: len(config.phases) - 1])
     if config.labels is not None:
@@ -253,6 +254,18 @@ def train(
             reasoner = phases.run_phase(reasoner, phase, draw, letter, config.heads.weights, on_phase)
         reasoner, card_report = _with_card(reasoner, labels.cost_order(), config, cache)
     return Trained(reasoner, report, card_report, labels)
+
+
+def _check(base: Reasoner, config: MetacogRunConfig) -> None:
+    """Refuse strategies and blocks that are not there before anything is labelled."""
+    known = base.codec.strategies
+    for name in config.strategies or ():
+        if name not in known:
+            raise unknown("strategy", name, known)
+    try:
+        config.heads.metacog(base.backbone.n_layers, base.backbone.hidden_size, tuple(config.strategies or known))
+    except ValidationError as error:
+        raise ConfigError("heads: " + "; ".join(faults(error))) from None
 
 
 def _policy_rates(base: Reasoner, labels: LabelSet, config: MetacogRunConfig) -> Any:
