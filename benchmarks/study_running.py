@@ -104,35 +104,55 @@ def right_here(thoughts: Sequence[Thought]) -> NDArray[np.bool_]:
     return np.array([t.at(u).correct for t in thoughts for u, _ in t.states if u < t.used])
 
 
-def above(heads: MetacogHeads, scale: tuple[float, float]) -> Callable[[Any, Sequence[Thought]], Stops]:
-    """A policy: close at the first boundary whose scaled confidence reaches the setting (None: never); rule `sure`."""
-    known: list[tuple[Sequence[Thought], Said]] = []  # read once per list of thoughts
+Scale = tuple[float, float]
+Apply = Callable[[Any, Sequence[Thought]], Stops]
 
-    def apply(setting: Any, thoughts: Sequence[Thought]) -> Stops:
+
+class Layer:
+    """Heads with the scales of a card: of confidence at boundaries and, before thinking, of the whole thought."""
+
+    def __init__(self, heads: MetacogHeads, scale: Scale, whole: Scale) -> None:
+        self.heads, self.scale, self.whole = heads, scale, whole
+        self._known: list[tuple[Sequence[Thought], Said, list[float]]] = []  # read once per list of thoughts
+
+    def read(self, thoughts: Sequence[Thought]) -> tuple[Said, list[float]]:
+        """Per thought (think tokens, probability that closing there is right), and the promise before thinking."""
+        for held, said, promises in self._known:
+            if held is thoughts:
+                return said, promises
+        seen = along(self.heads, thoughts)
+        said = [[(u, float(scaled(np.array([x]), *self.scale)[0])) for u, x in s] for s in seen]
+        before = confidence(self.heads, [t.before for t in thoughts], THINK_SITE, [0] * len(thoughts))
+        self._known.append((thoughts, said, scaled(before, *self.whole).tolist()))
+        return self._known[-1][1:]
+
+    def sure(self, setting: Any, thoughts: Sequence[Thought]) -> Stops:
+        """Rule `sure` as a policy; setting: (gap, threshold), None: never."""
         if setting is None:
             return [None] * len(thoughts)
-        if not any(held is thoughts for held, _ in known):
-            known.append((thoughts, probabilities(along(heads, thoughts), scale)))
-        said = next(said for held, said in known if held is thoughts)
-        return [next((u for u, x in seen if x >= setting), None) for seen in said]
+        gap, threshold = setting
+        return [
+            next((u for u, x in seen if x >= max(threshold, promise - gap)), None)
+            for seen, promise in zip(*self.read(thoughts), strict=True)
+        ]
 
-    return apply
+    def thresholds(self, held: Sequence[Thought]) -> list[tuple[float, float]]:
+        """Settings without a promise: quantiles over the boundaries of `held`."""
+        seen = [x for s in self.read(held)[0] for _, x in s]
+        quantiles = np.quantile(seen, [*np.linspace(0.02, 0.98, 97), 0.985, 0.99, 0.995, 0.999])
+        return [(1.0, x) for x in np.unique(quantiles).tolist()]
 
 
-def probabilities(seen: Said, scale: tuple[float, float]) -> Said:
-    return [[(u, float(scaled(np.array([x]), *scale)[0])) for u, x in s] for s in seen]
+GAPS = [(x, 0.0) for x in np.round(np.arange(-0.03, 0.121, 0.0025), 4).tolist()]
 
 
-def with_confidence(thought: Thought, seen: Sequence[tuple[int, float]]) -> Any:
+def with_confidence(thought: Thought, seen: Sequence[tuple[int, float]], promise: float) -> Any:
     """The views as rule `sure` gets them."""
     said = dict(seen)
-    return tuple(replace(v, confidence=said[v.used]) if v.used in said and not v.begun else v for v in thought.views)
-
-
-def settings(heads: MetacogHeads, scale: tuple[float, float], held: Sequence[Thought]) -> list[float]:
-    """Probabilities to try: quantiles over the boundaries of `held`."""
-    seen = scaled(flat(along(heads, held)), *scale)
-    return np.unique(np.quantile(seen, [*np.linspace(0.02, 0.98, 97), 0.985, 0.99, 0.995, 0.999])).tolist()
+    return tuple(
+        replace(v, confidence=said[v.used] if not v.begun else math.nan, promise=promise) if v.used in said else v
+        for v in thought.views
+    )
 
 
 class Stopping:
@@ -222,6 +242,17 @@ class Once:
         return self._found
 
 
+def layers(setup: Setup, held: Trials, group: Sequence[MetacogHeads]) -> list[Layer]:
+    """Scaled on calibration: boundaries by their trial answers, promises by the greedy outcomes of thinking plans."""
+    labels, found = setup.draw("calibration"), []
+    for heads in group:
+        r = read_greedy(heads, labels)
+        at = [r["plans"].index(held.plans[k]) for k in np.unique(held.plan)]
+        whole = fit_scale(r["conf_before"][:, at].ravel(), r["correct"][:, at].ravel())
+        found.append(Layer(heads, fit_scale(read_trials(heads, held), held.right), whole))
+    return found
+
+
 def running(setup: Setup, *, stream: str, n: int, val_n: int, trial_n: int) -> dict[str, Any]:
     """AUROC along the thought and closing early under verify and steps; the other heads; the whole system served."""
     train, seeds = Train(setup), range(setup.seeds)
@@ -231,7 +262,7 @@ def running(setup: Setup, *, stream: str, n: int, val_n: int, trial_n: int) -> d
         "right here": [fitted(setup, f"closing-{trial_n}", {}, s, train, taught).heads for s in seeds],
     }
     held = setup.trials("calibration", min(setup.config.calibration_n, TRIAL_CALIBRATION))
-    scales = {name: [fit_scale(read_trials(h, held), held.right) for h in hs] for name, hs in groups.items()}
+    found = {name: layers(setup, held, hs) for name, hs in groups.items()}
     val = {plan: kept(setup, f"{stream}/val", val_n, "val", plan) for plan in PLANS}
     test = {plan: kept(setup, f"{stream}/test", n, "test", plan) for plan in PLANS}
     body: dict[str, Any] = {
@@ -239,27 +270,22 @@ def running(setup: Setup, *, stream: str, n: int, val_n: int, trial_n: int) -> d
     }  # fmt: skip
     for plan in (*PLANS, "both"):
         mine = PLANS if plan == "both" else (plan,)
-        body["plans"][plan] = study(
-            groups, scales, [t for p in mine for t in val[p]], [t for p in mine for t in test[p]]
-        )
+        body["plans"][plan] = study(found, [t for p in mine for t in val[p]], [t for p in mine for t in test[p]])
         _show(body, plan)
-    threshold = np.median([r["setting"] for r in body["plans"]["both"]["stopping"] if "right here" in r["rule"]])
-    body["served"] = served(setup, groups["right here"][0], float(threshold), setup.fresh(f"{stream}/test", n))
+    gaps = [
+        r["setting"][0] for r in body["plans"]["both"]["stopping"] if r["rule"].startswith("sure, ") and r["setting"]
+    ]
+    body["served"] = served(setup, groups["right here"][0], float(np.median(gaps)), setup.fresh(f"{stream}/test", n))
     _show_served(body)
     return plain(body)
 
 
-def study(
-    groups: dict[str, list[MetacogHeads]],
-    scales: dict[str, list[tuple[float, float]]],
-    held: Sequence[Thought],
-    test: Sequence[Thought],
-) -> dict[str, Any]:
+def study(groups: dict[str, list[Layer]], held: Sequence[Thought], test: Sequence[Thought]) -> dict[str, Any]:
     """AUROCs and rules on one set of thoughts."""
     now, found = right_here(test), {}
-    for name, hs in groups.items():
-        seen = [rises(h, test) for h in hs]
-        probs = [scaled(flat(along(h, test)), *s) for h, s in zip(hs, scales[name], strict=True)]
+    for name, group in groups.items():
+        seen = [rises(x.heads, test) for x in group]
+        probs = [[p for s in x.read(test)[0] for _, p in s] for x in group]
         found[name] = {
             "auroc": over_seeds([metrics.auroc(p, now) for p in probs]),
             "ece": over_seeds([metrics.ece(p, now) for p in probs]),
@@ -270,14 +296,14 @@ def study(
     rules.scalars()
     gaps: dict[str, list[Any]] = {}
     curves = []
-    for name, hs in groups.items():
-        for seed, heads in enumerate(hs):
-            policy, options = above(heads, scales[name][seed]), settings(heads, scales[name][seed], held)
-            stops = rules.add(f"layer: {name}, seed {seed}", policy, options)
-            if name == "right here":
-                for rival in ("answer probability", "cut per (family, level)"):
-                    gaps.setdefault(rival, []).append(rules.against(stops, rival))
-                curves.append(frontier(policy, options, test))
+    for name, group in groups.items():
+        for seed, layer in enumerate(group):
+            rules.add(f"threshold, {name}, seed {seed}", layer.sure, layer.thresholds(held))
+    for seed, layer in enumerate(groups["right here"]):
+        stops = rules.add(f"sure, gap to the promise, seed {seed}", layer.sure, GAPS)
+        for rival in ("answer probability", "cut per (family, level)", f"threshold, right here, seed {seed}"):
+            gaps.setdefault(rival.partition(", seed")[0], []).append(rules.against(stops, rival))
+        curves.append(frontier(layer.sure, GAPS, test))
     answers = [(t.trials[p].logprob, t.trials[p].correct) for t in test for p in t.boundaries]
     return {
         "n": len(test), "boundaries": len(now), "right_now": float(now.mean()), "layers": found,
@@ -303,7 +329,7 @@ def others(setup: Setup, groups: dict[str, list[MetacogHeads]]) -> dict[str, Any
     }  # fmt: skip
 
 
-def served(setup: Setup, heads: MetacogHeads, threshold: float, items: Sequence[Any]) -> dict[str, Any]:
+def served(setup: Setup, heads: MetacogHeads, gap: float, items: Sequence[Any]) -> dict[str, Any]:
     """The engine itself with a card: own plan and budget, and two plans without a budget, with the rule and without."""
     base, config = setup.base, setup.config
     assert base.decider is not None and base.decider.card is not None
@@ -313,12 +339,12 @@ def served(setup: Setup, heads: MetacogHeads, threshold: float, items: Sequence[
         bare, heads, labels, setup.items("calibration"), old.cost_order, config, dict(base.best_plan),
         setup.cache / "labels",
     )  # fmt: skip
-    found: dict[str, Any] = {"threshold": threshold, "rows": []}
+    found: dict[str, Any] = {"gap": gap, "rows": []}
     for plan, budget in (("predicted", "predicted"), ("verify", None), ("steps", None)):
         jobs = [Job(p, plan, budget, use_prediction=plan == "predicted", seed="studies") for p in items]
         a, b = (
             [g[0] for g in run(replace(base, decider=Decider(heads, card), rules=rules), jobs)]
-            for rules in (None, factory(Sure(threshold)))
+            for rules in (None, factory(Sure(gap)))
         )
         used = [np.array([x.trace.used for x in found], dtype=float) for found in (a, b)]
         loss, ci = metrics.paired_difference([x.correct for x in a], [x.correct for x in b])
@@ -353,7 +379,7 @@ def _show(body: dict[str, Any], plan: str) -> None:
     shown_rules(f"Closing early, plan {plan}; settings from val, n = {body['val_n']}, ≤ {100 * TOLERANCE} points",
                 x["stopping"])  # fmt: skip
     table(
-        f"Layer 'right here' − rival, plan {plan}, paired bootstrap over problems, per seed",
+        f"Rule sure (gap) − rival, plan {plan}, paired bootstrap over problems, per seed",
         ("rival", "seed", "saved, points of %", "net of probes", "accuracy, points"),
         [(rival, s, *(shown([100 * v for v in g[k]], 2) for k in ("saved", "saved_net", "accuracy")))
          for rival, gs in x["against"].items() for s, g in enumerate(gs)],
@@ -365,7 +391,7 @@ def _show_served(body: dict[str, Any]) -> None:
         (METRICS[k], *v.values()) for k, v in body["heads"].items()
     ])  # fmt: skip
     table(
-        f"Served with rule sure, threshold {body['served']['threshold']:.4f}, seed 0, stream {body['stream']}/test",
+        f"Served with rule sure, gap {body['served']['gap']:.4f}, seed 0, stream {body['stream']}/test",
         ("plan", "accuracy without", "tokens without", "points lost", "saved", "closed early", "reads a problem"),
         [(r["plan"], r["accuracy"], r["tokens"], f"{100 * r['loss']:.2f} {shown([100 * v for v in r['loss_ci']], 2)}",
           f"{100 * r['saved']:.1f} % {shown([100 * v for v in r['saved_ci']], 1)}", r["fired"], r["reads"])

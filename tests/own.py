@@ -39,6 +39,7 @@ class Said:
     upper: int = 0
     gate: Tensor | None = None
     at_boundaries: bool = True
+    promised: float | None = None
 
 
 class Layer:

@@ -103,14 +103,17 @@ def test_closing_where_the_layer_is_sure_is_what_the_rule_does(
     heads.load_state_dict(nano.decider.heads.state_dict())
     running = nano.decider.card.running.model_copy(update={"closing_plans": ("verify",)})
     card = nano.decider.card.model_copy(update={"running": running})
-    scale = (running.temperature, running.shift)
-    seen = r.probabilities(r.along(heads, with_all), scale)
-    said = sorted(x for s in seen for _, x in s)
-    at = (said[len(with_all)] + said[len(with_all) + 1]) / 2  # between two readings: their last bits may differ
-    closed = r.above(heads, scale)(at, with_all)
-    assert closed == [t.where(Sure(at), r.with_confidence(x, s)) for x, s in zip(with_all, seen, strict=True)]
+    layer = r.Layer(heads, (running.temperature, running.shift), (running.whole_temperature, running.whole_shift))
+    seen, promises = layer.read(with_all)
+    said = sorted(x - p for s, p in zip(seen, promises, strict=True) for _, x in s)
+    gap = -(said[-4] + said[-3]) / 2  # between two readings: their last bits may differ
+    closed = layer.sure((gap, 0.0), with_all)
+    assert 0 < sum(stop is not None for stop in closed) < len(closed)
+    assert closed == [
+        t.where(Sure(gap), r.with_confidence(x, s, p)) for x, s, p in zip(with_all, seen, promises, strict=True)
+    ]
     jobs = [Job(x.problem, "verify", None, use_prediction=False) for x in with_all]
-    found = run(replace(nano, decider=Decider(heads, card), rules=factory(Sure(at))), jobs)
+    found = run(replace(nano, decider=Decider(heads, card), rules=factory(Sure(gap))), jobs)
     known = [g[0] for g in found if g[0].trace.running and g[0].trace.running[0][2] is not None]
     assert len(known) > 4, "some prompts may be foreign to the card"
     for x, stop, group in zip(with_all, closed, found, strict=True):

@@ -402,8 +402,8 @@ def test_names_and_values_teach() -> None:
         ("slack", {"strength": -1.0}), ("margin", {"threshold": -0.1}), ("margin", {"threshold": math.nan}),
         ("cut", {"tokens": -1}), ("cut", {"tokens": True}), ("cut", {"tokens": 2.5}), ("loop", {"period": 0}),
         ("loop", {"repeats": 1}), ("loop", {"least": 2.0}), ("answer", {"threshold": 0.0}),
-        ("sure", {"threshold": 0.0}), ("sure", {"threshold": 1.1}), ("sure", {"patience": 0}),
-        ("sure", {"patience": 1.5}),
+        ("sure", {"threshold": -0.1}), ("sure", {"threshold": 1.1}), ("sure", {"gap": 1.5}),
+        ("sure", {"gap": math.nan}),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"rule '{name}': {next(iter(bad))} must be .* given"):
             rule(name, **bad)
@@ -432,11 +432,14 @@ def test_replay_measures_rules_on_recorded_thoughts() -> None:
     assert replay(SlackStop(1.0, 3.0), views) == (4, "slack")  # 3 · 4/10 ≥ 1
 
 
-def test_sure_closes_where_the_confidence_stays_high_and_is_silent_where_it_is_unknown() -> None:
-    said = {2: 0.5, 4: 0.97, 5: 0.3, 7: 0.98, 9: 0.99}
-    views = [SoftView(used, 20, False, 5.0, 7, confidence=said.get(used, math.nan)) for used in range(12)]
-    assert replay(Sure(0.97), views) == (4, "confidence") and replay(Sure(0.975), views) == (7, "confidence")
-    assert replay(Sure(0.97, patience=2), views) == (9, "confidence"), "a fall in between starts again"
-    assert replay(Sure(0.97, patience=3), views) is None and replay(Sure(1.0), views) is None
-    unknown = [replace(v, confidence=math.nan) for v in views]
-    assert replay(Sure(1e-9), unknown) is None
+def test_sure_closes_where_thinking_on_promises_no_more() -> None:
+    said = {2: 0.5, 4: 0.87, 5: 0.3, 7: 0.93, 9: 0.99}
+    views = [SoftView(used, 20, False, 5.0, 7, confidence=said.get(used, math.nan), promise=0.95) for used in range(12)]
+    for gap, at in ((0.5, 2), (0.1, 4), (0.02, 7), (0.0, 9), (-0.03, 9)):
+        assert replay(Sure(gap), views) == (at, "confidence")
+    assert replay(Sure(-0.05), views) is None, "so much more than was promised it never says"
+    assert replay(Sure(1.0, 0.9), views) == (7, "confidence") and replay(Sure(0.5, 0.6), views) == (4, "confidence")
+    hopeless = [replace(v, promise=0.4) for v in views]
+    assert replay(Sure(0.0), hopeless) == (2, "confidence"), "nor does it think on where that is in vain"
+    for name in ("confidence", "promise"):
+        assert replay(Sure(1.0), [replace(v, **{name: math.nan}) for v in views]) is None

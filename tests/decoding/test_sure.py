@@ -38,6 +38,9 @@ class Closing(Running):
         super().__init__(upper=1)
         self.said, self.rise, self.known = said or {}, rise, known
 
+    def budget(self, taps: Tensor, plans: Sequence[str], predicted_plans: object = None) -> list[Said]:
+        return [replace(said, promised=0.95) for said in super().budget(taps, plans, predicted_plans)]
+
     def running(self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: object = None) -> list[Said]:
         self.asked += used
         sure = [self.said.get(n, min(1.0, 0.2 + self.rise * n)) if self.known else None for n in used]
@@ -51,15 +54,17 @@ def test_it_closes_at_the_first_boundary_that_is_sure_and_reads_every_one_before
     places = boundaries(plain)
     assert plain.used == 20 and len(places) > 4
     layer = Closing({places[2]: 0.98, places[3]: 1.0})
-    (closed,) = Engine(backbone, ATOMIC, layer, rules=factory(Sure(0.97))).run([ask])
+    (closed,) = Engine(backbone, ATOMIC, layer, rules=factory(Sure(1.0, 0.97))).run([ask])
     assert (closed.used, closed.stop, closed.overshoot) == (places[2], "confidence", 0)
     assert closed.think_ids == plain.think_ids[: places[2]], "up to there it is the same thought"
     assert [r[0] for r in closed.running] == layer.asked == places[:3], "one read a boundary: the cost of the rule"
     assert not closed.closed_naturally and not closed.calibrated
-    (never,) = Engine(backbone, ATOMIC, Closing(), rules=factory(Sure(0.97))).run([ask])
+    (never,) = Engine(backbone, ATOMIC, Closing(), rules=factory(Sure(1.0, 0.97))).run([ask])
     assert never.ids == plain.ids and never.stop == "hard" and [r[0] for r in never.running] == places
-    (unknown,) = Engine(backbone, ATOMIC, Closing(rise=9.0, known=False), rules=factory(Sure(0.01))).run([ask])
+    (unknown,) = Engine(backbone, ATOMIC, Closing(rise=9.0, known=False), rules=factory(Sure(1.0, 0.01))).run([ask])
     assert unknown.ids == plain.ids, "silent where the confidence is unknown"
+    (near,) = Engine(backbone, ATOMIC, Closing({places[1]: 0.94}), rules=factory(Sure(0.02))).run([ask])
+    assert near.used == places[1], "as sure as thinking on would make it (.95)"
 
 
 def test_it_is_off_by_default_and_apart_from_the_running_estimates() -> None:
@@ -69,9 +74,9 @@ def test_it_is_off_by_default_and_apart_from_the_running_estimates() -> None:
     (plain,) = Engine(backbone, ATOMIC, layer).run([ask])
     assert layer.asked == [] and plain.running == () and plain.stop == "hard"
     unsure = Closing()
-    (watched,) = Engine(backbone, ATOMIC, unsure, rules=factory(Sure(0.97))).run([ask])
+    (watched,) = Engine(backbone, ATOMIC, unsure, rules=factory(Sure(1.0, 0.97))).run([ask])
     assert watched.used == plain.used, "its bound of one more token is not the rule's business"
-    (both,) = Engine(backbone, ATOMIC, Closing(), running=True, rules=factory(Sure(0.97))).run([ask])
+    (both,) = Engine(backbone, ATOMIC, Closing(), running=True, rules=factory(Sure(1.0, 0.97))).run([ask])
     assert both.used == boundaries(plain)[0] + 1, "with running estimates the bound acts as without the rule"
 
 
@@ -87,8 +92,8 @@ def test_no_cap_moves_whatever_it_says(layout: Layout, lean: dict[int, float]) -
     asked = [r for r in requests(64, "sure") if r.budget != "predicted"]
     backbone = Tiny("sure", lean=lean)
     free = Engine(backbone, layout, Closing(), max_batch=16).run(asked)
-    traces = Engine(backbone, layout, Closing(rise=0.06), max_batch=16, rules=factory(Sure(0.9))).run(asked)
-    alone = Engine(backbone, layout, Closing(rise=0.06), max_batch=1, rules=factory(Sure(0.9))).run(asked)
+    traces = Engine(backbone, layout, Closing(rise=0.06), max_batch=16, rules=factory(Sure(1.0, 0.9))).run(asked)
+    alone = Engine(backbone, layout, Closing(rise=0.06), max_batch=1, rules=factory(Sure(1.0, 0.9))).run(asked)
     for request, before, trace, single in zip(asked, free, traces, alone, strict=True):
         trace.check()
         assert trace.used <= before.used and trace.overshoot == 0 and trace.ids == single.ids
@@ -118,10 +123,10 @@ def test_real_heads_close_alike_in_c_and_in_torch(native: bool) -> None:
     backbone = (NativeBackbone if native else OwnBackbone)(net)
     ask = replace(ASK, plan="verify", budget=24, use_prediction=False, temperature=1.0)
     asked = [replace(ask, id=f"{i}", prompt_ids=(40 + i, 41, 42)) for i in range(12)]
-    traces = Engine(backbone, layout, decider, rules=factory(Sure(1.0))).run(asked)
+    traces = Engine(backbone, layout, decider, rules=factory(Sure(-1.0))).run(asked)
     said = sorted(c for t in traces for _, _, c in t.running if c is not None)
     assert len(said) > 6
     at = said[len(said) // 2]
     want = [next((u for u, _, c in t.running if c is not None and c >= at and u < t.used), t.used) for t in traces]
-    closed = Engine(backbone, layout, decider, rules=factory(Sure(at))).run(asked)
+    closed = Engine(backbone, layout, decider, rules=factory(Sure(1.0, at))).run(asked)
     assert [t.used for t in closed] == want and want != [t.used for t in traces]

@@ -72,7 +72,11 @@ def closings(n: int, name: object) -> Closings:
     """Logits three times too bold and 2 too high, eight boundaries a problem."""
     g = numpy_generator("closings", name)
     z = 1.5 * g.normal(size=n)
-    return Closings(np.arange(n) // 8, 3.0 * (z + 2.0), g.random(n) < sigmoid(z), ("steps", "verify"))
+    whole = 1.5 * g.normal(size=n)
+    return Closings(
+        np.arange(n) // 8, 3.0 * (z + 2.0), g.random(n) < sigmoid(z), ("steps", "verify"),
+        0.5 * (whole - 1.0), g.random(n) < sigmoid(whole),
+    )  # fmt: skip
 
 
 def test_with_trial_answers_the_scale_is_that_of_closing_there() -> None:
@@ -82,11 +86,17 @@ def test_with_trial_answers_the_scale_is_that_of_closing_there() -> None:
     assert running is not None and plain is not None and report is not None
     assert (running.offset, running.level, running.n) == (plain.offset, plain.level, plain.n), "the bound is as it was"
     assert running.temperature == pytest.approx(3.0, rel=0.1) and running.shift == pytest.approx(-2.0, abs=0.15)
+    assert running.whole_temperature == pytest.approx(0.5, rel=0.1) and running.whole_shift == pytest.approx(
+        1.0, abs=0.1
+    )
+    assert running.promise(0.0) == pytest.approx(float(sigmoid(np.array(running.whole_shift))))
     assert running.closing_plans == ("steps", "verify") and plain.closing_plans == ()
     assert report["ece"] < 0.02 and report["n_closing"] == 20000
 
 
 def test_too_few_trial_answers_leave_the_confidence_unknown() -> None:
-    few = Closings(np.arange(30), np.zeros(30), np.arange(30) % 2 == 0, ("steps",))
+    few = Closings(
+        np.arange(30), np.zeros(30), np.arange(30) % 2 == 0, ("steps",), np.zeros(30), np.arange(30) % 2 == 0
+    )
     running, report = fit_running(boundaries(4000, "both"), 0.9, few)
     assert running is not None and running.closing_plans == () and report is not None and report["auroc"] is None

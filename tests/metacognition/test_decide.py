@@ -297,6 +297,9 @@ def test_the_confidence_of_closing_holds_under_the_plans_it_was_fitted_on(taps: 
     logit = made(taps, site_ids("boundary", N), torch.tensor(used).float()).conf_raw.double().detach().numpy()
     want = RUNNING.confidence(logit)
     assert [s.confidence is not None for s in said] == flags
+    first = decider.budget(taps, plans, ["direct"] * N)
+    assert [b.promised is not None for b in first] == flags
+    assert first[0].promised == pytest.approx(float(RUNNING.promise(first[0].raw)))
     assert [s.confidence for s in said if s.confidence is not None] == pytest.approx(want[[0, 1, 4]].tolist(), abs=1e-6)
     mixed = decider.reached(taps, [False, True, False, False, False], plans, used, flags)
     assert mixed[0] == pytest.approx(said[0]) and mixed[2].confidence is None

@@ -124,6 +124,12 @@ class Row:
         self._eos = frozenset(layout.eos)
 
     @property
+    def promise(self) -> float:
+        """What the layer said before thinking of the whole thought, NaN where that is unknown."""
+        promised = None if self.before is None else self.before.promised
+        return math.nan if promised is None else promised
+
+    @property
     def upper(self) -> int:
         """Think tokens at most, known before any prediction."""
         asked = left(self.request)

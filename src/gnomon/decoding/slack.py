@@ -12,8 +12,8 @@ How an engine asks them, once for every think position of a row that has rules:
     ... choose a token ...
     if leaned(look, margin, token, state.tag_next): state.lean()   # before `next`; else `slack` would read `natural`
 
-Learned. `sure` closes where a layer is sure enough that an answer given here is right: its confidence at boundaries,
-read from states that are there anyway.
+Learned. `sure` closes where a layer is as sure of an answer given here as of what thinking on would give: its
+confidence at boundaries and before thinking, read from states that are there anyway.
 
 Baselines. The hard cut is no rule but a budget; `cut` closes at a number of tokens of its own. Both write the layout's
 transition before the end tag where it has one: hard cut with message. ThinkBrake is `margin`. `answer` (answer
@@ -47,6 +47,7 @@ class SoftView:
     the start. begun: tokens of an end tag that the model has begun. answer: length-normalised probability of a trial
     answer given here, NaN where none was made (replay only). confidence: the layer's calibrated probability that
     closing here gives a right answer; NaN where it is unknown or was not read (anywhere but behind a node boundary).
+    promise: its probability, before thinking, that the whole thought does; NaN where it is unknown.
     """
 
     used: int
@@ -57,11 +58,20 @@ class SoftView:
     begun: int = 0
     answer: float = NAN
     confidence: float = NAN
+    promise: float = NAN
 
     @classmethod
-    def of(cls, state: BudgetState, boundary: bool, margin: float, last: int, confidence: float = NAN) -> SoftView:
+    def of(
+        cls,
+        state: BudgetState,
+        boundary: bool,
+        margin: float,
+        last: int,
+        confidence: float = NAN,
+        promise: float = NAN,
+    ) -> SoftView:
         """The view of a running request."""
-        return cls(state.used, state.cap, boundary, margin, last, state.held, confidence=confidence)
+        return cls(state.used, state.cap, boundary, margin, last, state.held, NAN, confidence, promise)
 
 
 class SoftRule(Protocol):
@@ -204,35 +214,29 @@ class AnswerProbability:
 
 @dataclass(frozen=True)
 class Sure:
-    """Close where the layer's running confidence, "closing here is right", reaches `threshold`: the learned SlackStop.
+    """Close where an answer given here is as surely right as thinking on would make it: the learned SlackStop.
 
-    patience: boundaries in a row at which it must do so, 1 = the first closes. Where the confidence is unknown (a
-    foreign prompt, a plan that the card was not fitted for) the rule is silent. It costs one read of the heads a
-    boundary and no extra pass.
+    By the layer's running confidence, "closing here is right": at least `threshold`, and at most `gap` below its
+    promise for the whole thought, made before thinking. A threshold alone (gap = 1) saves less (docs/log.md): it thinks
+    on where that is in vain. Where confidence or promise is unknown (a foreign prompt, a plan that the card was not
+    fitted for) the rule is silent. It costs one read of the heads a boundary and no extra pass.
     """
 
-    threshold: float = 0.97
-    patience: int = 1
+    gap: float = 0.02
+    threshold: float = 0.0
+    wants_margin = wants_answer = False
+    wants_confidence = True
 
     def __post_init__(self) -> None:
-        _check("sure", "threshold", self.threshold, lambda x: 0 < x <= 1, "in (0, 1], a probability")
-        _check("sure", "patience", self.patience, lambda x: isinstance(x, int) and x >= 1, "a whole number ≥ 1")
+        _check("sure", "gap", self.gap, lambda x: -1 <= x <= 1, "in [-1, 1], a difference of probabilities")
+        _check("sure", "threshold", self.threshold, lambda x: 0 <= x <= 1, "in [0, 1], a probability")
 
     def fresh(self) -> SoftRule:
-        return _Sure(self)
-
-
-class _Sure:
-    wants_margin, wants_answer, wants_confidence = False, False, True
-
-    def __init__(self, config: Sure) -> None:
-        self._config, self._held = config, 0
+        return self
 
     def look(self, view: SoftView) -> tuple[float, SoftCause | None]:
-        if math.isnan(view.confidence):
-            return NOTHING
-        self._held = self._held + 1 if view.confidence >= self._config.threshold else 0
-        return (0.0, "confidence") if self._held >= self._config.patience else NOTHING
+        enough = view.confidence >= max(self.threshold, view.promise - self.gap)  # False at NaN
+        return (0.0, "confidence") if enough and not math.isnan(view.promise) else NOTHING
 
 
 @dataclass(frozen=True)

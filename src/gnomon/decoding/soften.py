@@ -30,7 +30,8 @@ def soften(rows: Sequence[Row], logits: Tensor, mask: Tensor) -> list[Leaning]:
     for (i, row), margin, best in zip(asked, margins, top.indices.tolist(), strict=True):
         state = row.state
         last = row.ids[-1] if len(row.ids) > row.think_start else -1
-        look = slack.consult(row.rules, slack.SoftView.of(state, row.at_boundary(best), margin, last, row.sure))
+        view = slack.SoftView.of(state, row.at_boundary(best), margin, last, row.sure, row.promise)
+        look = slack.consult(row.rules, view)
         if look.cause is not None:
             state.lower_cap(state.used, look.cause)
         if look.bias:

@@ -5,7 +5,7 @@ R rows: one boundary of one greedy rollout each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -49,19 +49,22 @@ class Boundaries:
 
 @dataclass(frozen=True)
 class Closings:
-    """Confidence logits conf_raw at boundaries beside `right`: closed there, the answer is right. problem: its number.
+    """Confidence logits conf_raw at boundaries beside `right`: closed there, the answer is right.
 
-    All [T]; plans: those of the thoughts.
+    problem: its number. All [T]; plans: those of the thoughts. whole_raw, whole_right [U]: logits before thinking under
+    these plans, and what came of the whole thoughts, without a cap.
     """
 
     problem: Ints
     conf_raw: Floats
     right: Bools
     plans: tuple[str, ...]
+    whole_raw: Floats
+    whole_right: Bools
 
     def where(self, held: Bools) -> Closings:
         """The rows at which held [T] is true."""
-        return Closings(self.problem[held], self.conf_raw[held], self.right[held], self.plans)
+        return replace(self, problem=self.problem[held], conf_raw=self.conf_raw[held], right=self.right[held])
 
 
 def fit_running(
@@ -105,7 +108,11 @@ def _closing(found: Running, report: dict[str, Any], closings: Closings) -> tupl
     for k in (0, 1):
         prob[side == k] = scaled(halves[k].conf_raw, *fit_scale(halves[1 - k].conf_raw, halves[1 - k].right))
     temperature, shift = fit_scale(closings.conf_raw, closings.right)
-    whole = {"temperature": temperature, "shift": shift, "closing_plans": closings.plans}
+    heat, offset = fit_scale(closings.whole_raw, closings.whole_right)
+    whole = {
+        "temperature": temperature, "shift": shift, "closing_plans": closings.plans, "whole_temperature": heat,
+        "whole_shift": offset,
+    }  # fmt: skip
     told = {"n_closing": len(prob), **quality(prob, closings.right).model_dump(include={"ece", "brier", "auroc"})}
     return found.model_copy(update=whole), {**report, **told, "auroc_before": None}
 

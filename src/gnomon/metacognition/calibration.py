@@ -106,7 +106,8 @@ class Running(_Frozen):
 
     offset: in log1p(tokens), on the predicted remainder; with it `level` of the needs of solutions fit (n of them).
     temperature, shift: of the confidence logit read there. closing_plans: that confidence is of closing at the
-    boundary, and was fitted on trial answers under these plans; empty: it is of the whole thought.
+    boundary, and was fitted on trial answers under these plans; empty: it is of the whole thought. whole_temperature,
+    whole_shift: of the confidence logit read before thinking, for the outcome without a cap under these plans.
     """
 
     offset: float
@@ -115,6 +116,8 @@ class Running(_Frozen):
     shift: float
     n: int = Field(ge=1)
     closing_plans: tuple[str, ...] = ()
+    whole_temperature: float = Field(default=1.0, gt=0.0)
+    whole_shift: float = 0.0
 
     def upper(self, raw: Floats) -> NDArray[np.int64]:
         """Predicted log1p(remaining tokens) [N] -> conformal upper bound in whole tokens [N]."""
@@ -123,6 +126,10 @@ class Running(_Frozen):
     def confidence(self, raw: Floats) -> Floats:
         """Raw logits [N] -> probabilities [N]."""
         return scaled(raw, self.temperature, self.shift)
+
+    def promise(self, raw: float) -> float:
+        """The logit read before thinking -> probability that the whole thought gives a right answer."""
+        return float(scaled(np.asarray(raw), self.whole_temperature, self.whole_shift))
 
 
 class Quality(_Frozen):
@@ -191,7 +198,8 @@ class Card(_Frozen):
             if body[name] is None:
                 del body[name]
         if self.running is not None and not self.running.closing_plans:
-            del body["running"]["closing_plans"]
+            for name in ("closing_plans", "whole_temperature", "whole_shift"):
+                del body["running"][name]
         return body
 
     def save(self, path: Path) -> None:

@@ -31,7 +31,8 @@ class BudgetDecision(NamedTuple):
     confidence: probability of a right answer, None when unknown; calibrated: the card holds for this prompt and plan.
     raw: the confidence logit (for fitting only); distance: of the state from the card's domain, None without a card
     and where it is no number. gate: the feedback gate's factors [C], None without one. at_boundaries: the card holds
-    for the confidence that is read at this thought's boundaries.
+    for the confidence that is read at this thought's boundaries; promised: probability that the whole thought, without
+    a cap, gives a right answer, None where it is unknown (and for heads without `closing`).
     """
 
     predicted: float
@@ -42,6 +43,7 @@ class BudgetDecision(NamedTuple):
     distance: float | None = None
     gate: Tensor | None = None
     at_boundaries: bool = False
+    promised: float | None = None
 
 
 class AfterDecision(NamedTuple):
@@ -145,7 +147,8 @@ class Decider:
             later = home and self._covers(plan) if self.heads.config.closing else known
             far = distance if math.isfinite(distance) else None
             said = prob if known else None
-            rows.append(BudgetDecision(expected, int(clipped), said, known, logit, far, gate, later))
+            promised = card.running.promise(logit) if later and self.closes and card and card.running else None
+            rows.append(BudgetDecision(expected, int(clipped), said, known, logit, far, gate, later, promised))
         return rows
 
     def policy(self, taps: Tensor, plans: Sequence[str]) -> list[Sampling | None]:

@@ -170,7 +170,7 @@ def calibrate(
         return np.array([a.correct for a in found]), np.array([0.0 if x is None else x for x in after])
 
     greedy = read_greedy(heads, labels)
-    closings = _closings(bare, heads, config, cache) if heads.config.closing else None
+    closings = _closings(bare, heads, config, cache, greedy) if heads.config.closing else None
     return fit_card(
         Uncapped(**greedy),
         cost_order,
@@ -185,11 +185,17 @@ def calibrate(
     )
 
 
-def _closings(base: Reasoner, heads: MetacogHeads, config: MetacogRunConfig, cache: Path | None) -> Closings:
+def _closings(
+    base: Reasoner, heads: MetacogHeads, config: MetacogRunConfig, cache: Path | None, greedy: dict[str, Any]
+) -> Closings:
     """What the heads say at boundaries of up to `TRIAL_CALIBRATION` calibration problems, beside the trial answers."""
     found = draw_trials(base, config, "calibration", min(config.calibration_n, TRIAL_CALIBRATION), cache)
     plans = tuple(name for k, name in enumerate(found.plans) if (found.plan == k).any())
-    return Closings(found.problem, read_trials(heads, found), found.right, plans)
+    held = [greedy["plans"].index(name) for name in plans]
+    return Closings(
+        found.problem, read_trials(heads, found), found.right, plans,
+        greedy["conf_before"][:, held].ravel(), greedy["correct"][:, held].ravel(),
+    )  # fmt: skip
 
 
 def recalibrate(reasoner: Reasoner, config: MetacogRunConfig) -> tuple[Card, dict[str, Any]]:
