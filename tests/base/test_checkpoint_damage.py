@@ -74,8 +74,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", list(DAMAGES))
-def test_damage_at_each_file_is_named_and_the_one_before_is_taken(tmp_path: Path, name: str, damage: str) -> None:
-    root = tmp_path / "run" / "checkpoints"
+def test_damage_at_each_file_is_named_and_the_one_before_is_taken(quick: Path, name: str, damage: str) -> None:
+    root = quick / "run" / "checkpoints"
     save(root, 1)
     DAMAGES[damage](save(root, 2) / name)
     found = ck.newest(root)
@@ -85,8 +85,8 @@ def test_damage_at_each_file_is_named_and_the_one_before_is_taken(tmp_path: Path
     assert what in found.skipped[0][1] or (name == "MANIFEST.json" and "it was not finished" in found.skipped[0][1])
 
 
-def test_a_flip_anywhere_in_a_manifest_counts(tmp_path: Path) -> None:
-    path = save(tmp_path, 5) / "MANIFEST.json"
+def test_a_flip_anywhere_in_a_manifest_counts(quick: Path) -> None:
+    path = save(quick, 5) / "MANIFEST.json"
     data = path.read_bytes()
     for at in range(0, len(data), 7):
         path.write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
@@ -97,8 +97,8 @@ def test_a_flip_anywhere_in_a_manifest_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_single_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
-    root = save(tmp_path, 5)
+def test_every_single_bit_of_a_checkpoint_counts(quick: Path) -> None:
+    root = save(quick, 5)
     for name in FILES:
         data = (root / name).read_bytes()
         for at, bit in itertools.product(range(len(data)), range(8)):
@@ -109,72 +109,72 @@ def test_every_single_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
     ck.verify_folder(root)
 
 
-def test_names_that_are_no_checkpoints_of_this_run(tmp_path: Path) -> None:
-    good = save(tmp_path, 1)
-    shutil.copytree(good, tmp_path / "checkpoint-7")  # renamed by hand
-    shutil.move(save(tmp_path, 8), tmp_path / "elsewhere")
-    (tmp_path / "checkpoint-8").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "checkpoint-9").write_text("a file")
-    (tmp_path / "checkpoint-010").mkdir()
-    (tmp_path / "checkpoint-11").mkdir()
-    (tmp_path / "checkpoint-12").symlink_to("nowhere")
-    found = ck.newest(tmp_path)
+def test_names_that_are_no_checkpoints_of_this_run(quick: Path) -> None:
+    good = save(quick, 1)
+    shutil.copytree(good, quick / "checkpoint-7")  # renamed by hand
+    shutil.move(save(quick, 8), quick / "elsewhere")
+    (quick / "checkpoint-8").symlink_to(quick / "elsewhere")
+    (quick / "checkpoint-9").write_text("a file")
+    (quick / "checkpoint-010").mkdir()
+    (quick / "checkpoint-11").mkdir()
+    (quick / "checkpoint-12").symlink_to("nowhere")
+    found = ck.newest(quick)
     why = dict(found.skipped)
     assert found.step == 1
     assert "symbolic link" in why["checkpoint-8"] and "symbolic link" in why["checkpoint-12"]
     assert "no folder" in why["checkpoint-9"] and "not finished" in why["checkpoint-11"]
     assert "saved as step 1: somebody renamed it" in why["checkpoint-7"]
-    assert ck.steps(tmp_path) == [1, 7, 8, 11]
+    assert ck.steps(quick) == [1, 7, 8, 11]
 
 
-def test_a_save_onto_a_foreign_name_keeps_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "x").write_text("mine")
-    (tmp_path / "checkpoint-1").symlink_to("precious")
-    (tmp_path / "checkpoint-2").write_text("a file")
+def test_a_save_onto_a_foreign_name_keeps_what_was_there(quick: Path) -> None:
+    (quick / "precious").mkdir()
+    (quick / "precious" / "x").write_text("mine")
+    (quick / "checkpoint-1").symlink_to("precious")
+    (quick / "checkpoint-2").write_text("a file")
     for step in (1, 2):
-        save(tmp_path, step)
-        ck.verify_folder(tmp_path / f"checkpoint-{step}")
-    kept = {p.name[:20]: p for p in tmp_path.glob("foreign-*")}
+        save(quick, step)
+        ck.verify_folder(quick / f"checkpoint-{step}")
+    kept = {p.name[:20]: p for p in quick.glob("foreign-*")}
     assert kept["foreign-checkpoint-1"].is_symlink() and kept["foreign-checkpoint-2"].read_text() == "a file"
-    assert (tmp_path / "precious" / "x").read_text() == "mine"
+    assert (quick / "precious" / "x").read_text() == "mine"
 
 
-def test_what_file_managers_leave_is_no_damage(tmp_path: Path) -> None:
-    (save(tmp_path, 1) / ".DS_Store").write_text("x")
-    (tmp_path / "checkpoint-1" / "train" / "Thumbs.db").write_text("x")
-    assert ck.newest(tmp_path).skipped == ()
+def test_what_file_managers_leave_is_no_damage(quick: Path) -> None:
+    (save(quick, 1) / ".DS_Store").write_text("x")
+    (quick / "checkpoint-1" / "train" / "Thumbs.db").write_text("x")
+    assert ck.newest(quick).skipped == ()
 
 
 @pytest.mark.parametrize(
     ("text", "told"), [("checkpoint-99\n", "not there"), ("../../etc\n", "not there"), ("\xff" * 300, "names")]
 )
-def test_latest_is_a_hint_and_a_lost_one_is_named(tmp_path: Path, text: str, told: str) -> None:
-    save(tmp_path, 1)
-    (tmp_path / "latest").write_text(text, encoding="utf-8")
-    found = ck.newest(tmp_path)
+def test_latest_is_a_hint_and_a_lost_one_is_named(quick: Path, text: str, told: str) -> None:
+    save(quick, 1)
+    (quick / "latest").write_text(text, encoding="utf-8")
+    found = ck.newest(quick)
     assert found.step == 1
     assert found.skipped[0][0] == "latest" and told in found.skipped[0][1]
-    (tmp_path / "latest").unlink()
-    assert ck.newest(tmp_path).skipped == ()
-    (tmp_path / "latest").symlink_to("checkpoint-1")
-    assert "symbolic link" in ck.newest(tmp_path).skipped[0][1]
-    save(tmp_path, 2)
-    assert (tmp_path / "latest").read_text() == "checkpoint-2\n" and not (tmp_path / "latest").is_symlink()
+    (quick / "latest").unlink()
+    assert ck.newest(quick).skipped == ()
+    (quick / "latest").symlink_to("checkpoint-1")
+    assert "symbolic link" in ck.newest(quick).skipped[0][1]
+    save(quick, 2)
+    assert (quick / "latest").read_text() == "checkpoint-2\n" and not (quick / "latest").is_symlink()
 
 
-def test_a_huge_header_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 2**40) + b"{}")
-    with (tmp_path / "y.safetensors").open("wb") as file:
+def test_a_huge_header_is_refused(quick: Path) -> None:
+    (quick / "x.safetensors").write_bytes(struct.pack("<Q", 2**40) + b"{}")
+    with (quick / "y.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", 200 * 2**20))
         file.truncate(201 * 2**20)
     for name in ("x.safetensors", "y.safetensors"):
         for read in (ck.load_tensors, ck.tensor_names):
             with pytest.raises(CheckpointError, match="damaged"):
-                read(tmp_path, name)
+                read(quick, name)
 
 
-def test_tensors_of_another_model_are_named_and_the_one_before_is_taken(tmp_path: Path) -> None:
+def test_tensors_of_another_model_are_named_and_the_one_before_is_taken(quick: Path) -> None:
     wanted = {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
     others = {
         2: ({"weight": torch.zeros(4, 3), "bias": torch.zeros(3)}, r"weight is \(4, 3\) float32.* \(3, 4\) float32"),
@@ -182,21 +182,21 @@ def test_tensors_of_another_model_are_named_and_the_one_before_is_taken(tmp_path
         4: ({"weight": torch.zeros(3, 4)}, "bias is missing"),
         5: ({**wanted, "more": torch.zeros(1)}, "more is not of this model"),
     }
-    save(tmp_path, 1)
+    save(quick, 1)
     for step, (tensors, told) in others.items():
-        with ck.publish(tmp_path, step) as folder:
+        with ck.publish(quick, step) as folder:
             ck.save_tensors(folder, "model.safetensors", tensors)
         with pytest.raises(CheckpointError, match=told):
-            ck.check_tensors(tmp_path / f"checkpoint-{step}", "model.safetensors", wanted)
-    found = ck.newest(tmp_path, check=lambda path: ck.check_tensors(path, "model.safetensors", wanted))
+            ck.check_tensors(quick / f"checkpoint-{step}", "model.safetensors", wanted)
+    found = ck.newest(quick, check=lambda path: ck.check_tensors(path, "model.safetensors", wanted))
     assert found.step == 1
     assert [name for name, _ in found.skipped] == [f"checkpoint-{n}" for n in (5, 4, 3, 2)]
 
 
-def test_manifests_of_version_1_are_still_read(tmp_path: Path) -> None:
-    path = save(tmp_path, 3) / "MANIFEST.json"
+def test_manifests_of_version_1_are_still_read(quick: Path) -> None:
+    path = save(quick, 3) / "MANIFEST.json"
     body = json.loads(path.read_text())
     path.write_text(json.dumps({"version": 1, "step": 3, "files": body["files"]}, indent=1))
-    assert ck.newest(tmp_path).step == 3
-    save(tmp_path, 2)  # a way back: what is saved now is newer
-    assert ck.newest(tmp_path).step == 2
+    assert ck.newest(quick).step == 3
+    save(quick, 2)  # a way back: what is saved now is newer
+    assert ck.newest(quick).step == 2

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,6 @@ def fill(folder: Path, value: float = 1.0) -> None:
     ck.save_tensors(folder, "model.safetensors", {"w": torch.full((8, 4), value)})
     ck.save_tensors(folder / "train", "0-adamw.safetensors", {"w|exp_avg": torch.full((8, 4), value)})
     write_atomic(folder / "config.json", '{"model_type": "gnomon"}')
-
-
-@pytest.fixture
-def quick() -> Iterator[Path]:
-    """A folder in memory, where there is one: fsync costs nothing there."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        yield Path(folder)
 
 
 class Faults:

@@ -66,7 +66,7 @@ def rounds(folder: Path, count: int) -> None:
 
 
 def test_kill_at_random_moments(tmp_path: Path) -> None:
-    rounds(tmp_path, 6)
+    rounds(tmp_path, 4)
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_an_unreadable_file_is_told_once_and_never_raises(tmp_path: Path) -> Non
 
 
 @given(st.lists(st.binary(max_size=60), max_size=8), st.integers(0, 500))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_bytes_make_the_reader_raise(tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], cut: int) -> None:
     """However a file is cut into writes, the reader says the same."""
     data = b"\n".join(parts) + b"\n"
@@ -185,13 +185,13 @@ def test_no_bytes_make_the_reader_raise(tmp_path_factory: pytest.TempPathFactory
 def test_senders_at_the_same_time_get_numbers_of_their_own(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from gnomon.base.control import send\n"
-        "[send(Path(sys.argv[1]), 'lr', 1 + i) for i in range(50)]"
+        "[send(Path(sys.argv[1]), 'lr', 1 + i) for i in range(25)]"
     )
     reader = ControlReader(tmp_path)
     children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=ENV) for _ in range(4)]
     assert [child.wait() for child in children] == [0] * 4
     found = reader.poll()
-    assert [c.seq for c in found if isinstance(c, Command)] == list(range(1, 201)) and len(found) == 200
+    assert [c.seq for c in found if isinstance(c, Command)] == list(range(1, 101)) and len(found) == 100
 
 
 def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

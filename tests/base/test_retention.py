@@ -21,45 +21,45 @@ def save(root: Path, step: int, text: str = "x" * 500) -> None:
         write_atomic(folder / "config.json", text)
 
 
-def test_kept_are_the_newest_every_mth_the_best_and_the_protected(tmp_path: Path) -> None:
+def test_kept_are_the_newest_every_mth_the_best_and_the_protected(quick: Path) -> None:
     for step in range(1, 13):
-        save(tmp_path, step)
-    gone = ck.prune(tmp_path, 2, every=5, best=3, protect={1, "checkpoint-2", tmp_path / "checkpoint-4"})
-    assert ck.steps(tmp_path) == [1, 2, 3, 4, 5, 10, 11, 12]
+        save(quick, step)
+    gone = ck.prune(quick, 2, every=5, best=3, protect={1, "checkpoint-2", quick / "checkpoint-4"})
+    assert ck.steps(quick) == [1, 2, 3, 4, 5, 10, 11, 12]
     assert gone == ["checkpoint-6", "checkpoint-7", "checkpoint-8", "checkpoint-9"]
-    assert ck.prune(tmp_path, 2, every=5, best=3, protect={1, 2, 4}) == []
+    assert ck.prune(quick, 2, every=5, best=3, protect={1, 2, 4}) == []
     with pytest.raises(CheckpointError, match="every = 0"):
-        ck.prune(tmp_path, 2, every=0)
+        ck.prune(quick, 2, every=0)
 
 
-def test_a_run_that_went_back_keeps_its_own_and_not_the_higher_numbers(tmp_path: Path) -> None:
+def test_a_run_that_went_back_keeps_its_own_and_not_the_higher_numbers(quick: Path) -> None:
     """What unsloth-zoo #782 shipped: rotation by number removed what the resumed run had just written."""
     for step in (500, 1000, 1500):
-        save(tmp_path, step)
-    save(tmp_path, 600)  # resumed from 500
-    assert ck.newest(tmp_path).step == 600
-    assert ck.prune(tmp_path, 2, protect={500}) == ["checkpoint-1000"]
-    save(tmp_path, 700)
-    ck.prune(tmp_path, 2, protect={500})
-    assert ck.steps(tmp_path) == [500, 600, 700]
+        save(quick, step)
+    save(quick, 600)  # resumed from 500
+    assert ck.newest(quick).step == 600
+    assert ck.prune(quick, 2, protect={500}) == ["checkpoint-1000"]
+    save(quick, 700)
+    ck.prune(quick, 2, protect={500})
+    assert ck.steps(quick) == [500, 600, 700]
 
 
-def test_nothing_goes_before_two_good_ones_are_verified(tmp_path: Path) -> None:
+def test_nothing_goes_before_two_good_ones_are_verified(quick: Path) -> None:
     for step in (1, 2, 3, 4):
-        save(tmp_path, step)
+        save(quick, step)
     for step in (3, 4):  # same size, other content: only a full check sees it
-        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("y" * 500)
-    assert ck.prune(tmp_path, 2) == []
-    assert ck.newest(tmp_path).step == 2
-    save(tmp_path, 5)
-    assert ck.prune(tmp_path, 2) == ["checkpoint-1"]
-    assert ck.steps(tmp_path) == [2, 3, 4, 5]  # damaged ones are left to look at
+        (quick / f"checkpoint-{step}" / "config.json").write_text("y" * 500)
+    assert ck.prune(quick, 2) == []
+    assert ck.newest(quick).step == 2
+    save(quick, 5)
+    assert ck.prune(quick, 2) == ["checkpoint-1"]
+    assert ck.steps(quick) == [2, 3, 4, 5]  # damaged ones are left to look at
 
 
-def test_links_are_never_followed_by_deleting(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
+def test_links_are_never_followed_by_deleting(quick: Path) -> None:
+    outside = quick / "outside"
     save(outside, 1)
-    root = tmp_path / "root"
+    root = quick / "root"
     for step in (3, 4, 5):
         save(root, step)
     (root / "checkpoint-1").symlink_to(outside / "checkpoint-1")
@@ -69,60 +69,60 @@ def test_links_are_never_followed_by_deleting(tmp_path: Path) -> None:
     ck.verify_folder(outside / "checkpoint-1")
 
 
-def test_sweep_takes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    os.rename(tmp_path / "checkpoint-2", tmp_path / ".old-checkpoint-2-77-ab12")  # killed between two renames
-    (tmp_path / ".old-checkpoint-1-77-ab12").mkdir()
+def test_sweep_takes_what_the_dead_left_and_nothing_else(quick: Path) -> None:
+    save(quick, 1)
+    save(quick, 2)
+    os.rename(quick / "checkpoint-2", quick / ".old-checkpoint-2-77-ab12")  # killed between two renames
+    (quick / ".old-checkpoint-1-77-ab12").mkdir()
     ours = (".tmp-checkpoint-3-1-ab", ".trash-checkpoint-0-1-ab", ".tmpA1b2C3", ".tmp-latest-9-ab")
     theirs = (".git", ".tmpfile", ".trashcan", "x.tmp", ".ballast", ".lock", ".old-letters")
     for name in (*ours, *theirs):
-        (tmp_path / name).mkdir() if "checkpoint" in name else (tmp_path / name).write_text("x")
-    swept = ck.sweep(tmp_path)
+        (quick / name).mkdir() if "checkpoint" in name else (quick / name).write_text("x")
+    swept = ck.sweep(quick)
     assert set(swept.removed) == {*ours, ".old-checkpoint-1-77-ab12"}
     assert swept.restored == ("checkpoint-2",)
-    assert {p.name for p in tmp_path.iterdir()} == {*theirs, "checkpoint-1", "checkpoint-2", "latest"}
-    assert ck.newest(tmp_path).step == 2
-    assert ck.sweep(tmp_path) == ck.Swept()
-    assert ck.sweep(tmp_path / "none") == ck.Swept()
+    assert {p.name for p in quick.iterdir()} == {*theirs, "checkpoint-1", "checkpoint-2", "latest"}
+    assert ck.newest(quick).step == 2
+    assert ck.sweep(quick) == ck.Swept()
+    assert ck.sweep(quick / "none") == ck.Swept()
 
 
-def test_the_same_content_again_keeps_what_is_there(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    inode = (tmp_path / "checkpoint-2").stat().st_ino
-    save(tmp_path, 2)
-    assert (tmp_path / "checkpoint-2").stat().st_ino == inode
-    save(tmp_path, 1)  # older: it becomes the newest, so it is put anew
-    assert ck.newest(tmp_path).step == 1
-    save(tmp_path, 1, "other")
-    assert (tmp_path / "checkpoint-1" / "config.json").read_text() == "other"
+def test_the_same_content_again_keeps_what_is_there(quick: Path) -> None:
+    save(quick, 1)
+    save(quick, 2)
+    inode = (quick / "checkpoint-2").stat().st_ino
+    save(quick, 2)
+    assert (quick / "checkpoint-2").stat().st_ino == inode
+    save(quick, 1)  # older: it becomes the newest, so it is put anew
+    assert ck.newest(quick).step == 1
+    save(quick, 1, "other")
+    assert (quick / "checkpoint-1" / "config.json").read_text() == "other"
 
 
-def test_the_clock_does_not_count(tmp_path: Path) -> None:
+def test_the_clock_does_not_count(quick: Path) -> None:
     for step, when in ((1, 2e9), (2, 1e9)):
-        save(tmp_path, step)
-        for path in (tmp_path / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}" / "MANIFEST.json"):
+        save(quick, step)
+        for path in (quick / f"checkpoint-{step}", quick / f"checkpoint-{step}" / "MANIFEST.json"):
             os.utime(path, (when, when))
-    assert ck.newest(tmp_path).step == 2
+    assert ck.newest(quick).step == 2
 
 
 @pytest.mark.parametrize("step", [-1, 10**12])
-def test_impossible_steps_are_refused(tmp_path: Path, step: int) -> None:
+def test_impossible_steps_are_refused(quick: Path, step: int) -> None:
     with pytest.raises(CheckpointError, match="a checkpoint has a step"):
-        save(tmp_path, step)
+        save(quick, step)
 
 
-def test_the_reserve_is_really_allocated_and_given_back(tmp_path: Path) -> None:
-    with ck.Ballast(tmp_path) as ballast:
+def test_the_reserve_is_really_allocated_and_given_back(quick: Path) -> None:
+    with ck.Ballast(quick) as ballast:
         assert ballast.size == 0 and ballast.free() == 0
         assert ballast.hold(300_000)
         assert ballast.path.stat().st_blocks * 512 >= 300_000
-        assert ck.Ballast(tmp_path).hold(300_000)  # left by a killed process: taken over
+        assert ck.Ballast(quick).hold(300_000)  # left by a killed process: taken over
         assert ballast.hold(100_000) and ballast.size == 100_000
         assert ballast.free() == 100_000 and not ballast.path.exists()
         ballast.hold(1000)
-    assert list(tmp_path.iterdir()) == []
+    assert list(quick.iterdir()) == []
 
 
 class Usage:
@@ -165,13 +165,13 @@ def many(root: Path, count: int, keep: int, patch: pytest.MonkeyPatch) -> None:
     assert ck.newest(root).skipped == ()
 
 
-def test_disk_use_of_30_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    many(tmp_path, 30, 3, monkeypatch)
+def test_disk_use_of_30_saves(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many(quick, 30, 3, monkeypatch)
 
 
 @pytest.mark.slow
-def test_disk_use_of_1000_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    many(tmp_path, 1000, 3, monkeypatch)
+def test_disk_use_of_1000_saves(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many(quick, 1000, 3, monkeypatch)
 
 
 MEMORY = """

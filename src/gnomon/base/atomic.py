@@ -57,6 +57,15 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, so that they outlive a loss of power; nothing happens when it is there."""
+    new = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        with contextlib.suppress(OSError):  # a folder above ours may be closed to reading
+            fsync_path(folder.parent)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """`with replacing(path) as temp:` write `temp`; it takes the place of `path` when the block ends without error."""

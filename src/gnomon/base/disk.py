@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gnomon.base.atomic import FULL, beside, discard, disk_error, fsync_path, remove, write_all
+from gnomon.base.atomic import FULL, beside, discard, disk_error, fsync_path, make_folder, remove, write_all
 from gnomon.base.errors import CheckpointError, DiskFullError
 from gnomon.base.folders import by_age, newest, size_of, steps, verify_folder
 
@@ -124,7 +124,7 @@ def preflight(root: Path, size: int | None = None) -> int:
     times that is free, CheckpointError when the folder cannot be written.
     """
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         probe = beside(root / "probe")
         try:
             handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -63,8 +63,9 @@ def control(
         console.emit_json({**told, "acknowledged": ack is not None, **answer})
     elif ack is None:
         console.say(
-            f"{command} was sent as number {seq}, but process {holder} gave no answer within {timeout:g} s: it is in a "
-            f"long step, or stopped. The answer will stand in {folder / 'events.jsonl'}"
+            f"{command} was sent as number {seq}, but process {holder} gave no answer within {timeout:g} s "
+            f"(stage: {_status(folder, 'stage')}): it prepares, is in a long step, or hangs. "
+            f"Look for {seq} in {folder / 'events.jsonl'}"
         )
     else:
         console.say(f"{folder.name}: {command} {'done' if ack.ok else 'refused'}{f': {ack.why}' if ack.why else ''}")
@@ -93,8 +94,12 @@ def _value(command: str, text: str | None) -> float | int | None:
 
 
 def _state(folder: Path) -> str:
+    state = _status(folder, "state")
+    return "crashed" if state in ("running", "paused") else state
+
+
+def _status(folder: Path, key: str) -> str:
     try:
-        state = str(codec.loads((folder / "status.json").read_text(encoding="utf-8"))["state"])
+        return str(codec.loads((folder / "status.json").read_text(encoding="utf-8"))[key])
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
-    return "crashed" if state == "running" else state
