@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,11 @@ def test_the_report_shows_the_phases_and_where_adapters_open(folder: Path, tmp_p
     assert {len(row) for row in gates["gates"]} == {len(gates["tokens"])}
     metrics = (made.folder / "metrics.jsonl").read_text()
     assert '"train/gate/rms"' in metrics and '"train/adapters/coverage"' in metrics
+    steps = [json.loads(line)["step"] for line in metrics.splitlines()]
+    assert steps == list(range(1, 15)), "ten of the heads, then four of phase B"
+    kept = json.loads((made.folder / "report.json").read_text())
+    assert kept["marks"] == [[10, 1, "phase B"]]
+    assert [r["step"] for r in kept["curves"] if "phases/think_ce" in r] == [11, 12, 13, 14]
     made.page.unlink()
     assert "<h2>Phases</h2>" in claims.rewrite(made.folder).read_text(), "drawn again from what was kept"
 

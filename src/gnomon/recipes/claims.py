@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from gnomon.base.atomic import write_atomic
 from gnomon.base.telemetry import finite
+from gnomon.evaluation.plots import Mark
 from gnomon.evaluation.records import EvalRecord
 from gnomon.evaluation.report import ReportData, Table, interval, show, write_report
 from gnomon.evaluation.sweep import Sweep
@@ -99,13 +100,14 @@ def write(outcome: Outcome, config: MetacogRunConfig, folder: Path, title: str) 
         "seconds": ", ".join(f"{k} {v:.0f}" for k, v in outcome.seconds.items()),
         "heads": f"{heads['parameters']:,} parameters, {heads['steps']} steps, {heads['seconds']:.0f} s",
     }
+    curves, marks = _curves(heads["curve"], outcome)
     data = ReportData(
         title,
         outcome.summary,
         outcome.records,
         outcome.sweep,
         heads["telemetry"].get("alpha_by_site", {}),
-        heads["curve"],
+        curves,
         outcome.gates,
         (
             *_phases(outcome),
@@ -113,6 +115,7 @@ def write(outcome: Outcome, config: MetacogRunConfig, folder: Path, title: str) 
             Table("What this run shows", COLUMNS, claims(outcome), "Every number was computed in this run."),
         ),
         facts,
+        marks,
     )
     write_atomic(folder / DATA_FILE, json.dumps(_plain(data)) + "\n")
     return write_report(folder, data)
@@ -129,6 +132,7 @@ def _plain(data: ReportData) -> dict[str, Any]:
             "sweep": None if sweep is None else sweep.to_json(),
             "alpha": data.alpha,
             "curves": list(data.curves),
+            "marks": list(data.marks),
             "gates": data.gates,
             "tables": [vars(t) for t in data.tables],
             "facts": data.facts,
@@ -158,6 +162,24 @@ def _record(facts: Mapping[str, Any]) -> EvalRecord:
     """A stored record; JSON has no NaN, so a missing log-prob came back as None."""
     values: dict[str, Any] = {k: math.nan if v is None and k in _NANS else v for k, v in facts.items()}
     return EvalRecord(**values)
+
+
+_WATCHED = {"loss/think_ce": "phases/think_ce", "loss/answer_ce": "phases/answer_ce"}
+_GAUGES = ("gate/rms", "adapters/coverage")
+
+
+def _curves(heads: Sequence[Mapping[str, Any]], outcome: Outcome) -> tuple[list[Mapping[str, Any]], list[Mark]]:
+    """Steps of the heads, then those of every round behind them; a mark where a phase begins."""
+    rows, marks = list(heads), list[Mark]()
+    last = max((int(r["step"]) for r in heads), default=0)
+    for told in outcome.phases:
+        marks.append((last, 1 + (told["phase"] != "B"), f"phase {told['phase']}"))
+        curve = told["fit"].get("curve", ())
+        for r in curve:
+            kept = {name: r[key] for key, name in _WATCHED.items() if key in r} | {k: r[k] for k in _GAUGES if k in r}
+            rows.append({"step": last + r["step"], **kept})
+        last += max((int(r["step"]) for r in curve), default=0)
+    return rows, marks
 
 
 def _phases(outcome: Outcome) -> list[Table]:

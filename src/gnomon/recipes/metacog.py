@@ -329,10 +329,9 @@ def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
     began = time.monotonic()
     base = Reasoner.load(config.base, config.device)
     folder.status("training heads")
-    told: list[dict[str, Any]] = []
+    log = _Log(folder)
     trained = train(
-        base, config, folder.folder / "labels", lambda step, row: folder.row(step, **_rates(row)),
-        lambda facts: folder.row(facts["step"], **_rates(facts)) if "step" in facts else told.append(facts),
+        base, config, folder.folder / "labels", log.step, log.phase,
         lambda reasoner: reasoner.save_layer(folder.folder / "model"),
     )  # fmt: skip
     trained.reasoner.save_layer(folder.folder / "model")
@@ -356,14 +355,35 @@ def run_metacog(config: MetacogRunConfig, folder: Run) -> Outcome:
         "sweep": None if swept is None else swept.to_json(),
         "heads": trained.heads_report,
         "card": trained.card_report,
-        "phases": told,
+        "phases": log.rounds,
         "seconds": seconds,
     }
     folder.write_json("results.json", results)
     sample = problems(config.tasks, "val", config.stream, len(config.levels), config.levels)[-1]
     return Outcome(
-        trained, found.summary, found.records, swept, seconds, told, phases.heat_map(trained.reasoner, sample)
+        trained, found.summary, found.records, swept, seconds, log.rounds, phases.heat_map(trained.reasoner, sample)
     )
+
+
+class _Log:
+    """Metrics rows of a run, one behind the other: every round of the phases counts its own steps from 1."""
+
+    def __init__(self, folder: Run) -> None:
+        self._folder, self._before, self._last = folder, 0, 0
+        self.rounds: list[dict[str, Any]] = []
+
+    def step(self, step: int, row: dict[str, Any]) -> None:
+        if step <= self._last:
+            self._before += self._last
+        self._last = step
+        self._folder.row(self._before + step, **_rates(row))
+
+    def phase(self, facts: dict[str, Any]) -> None:
+        """A step, or what a round reports at its end."""
+        if "step" in facts:
+            self.step(facts["step"], {k: v for k, v in facts.items() if k != "step"})
+        else:
+            self.rounds.append(facts)
 
 
 def _rates(row: dict[str, Any]) -> dict[str, float]:

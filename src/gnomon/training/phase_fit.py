@@ -31,6 +31,8 @@ from gnomon.training.loop import each, fit
 from gnomon.training.objectives import LossWeights
 from gnomon.training.thoughts import Batch, Guided, Thought, beside, collate, guided, without_thought
 
+CURVE_POINTS = 40  # of a round, at least, where it has so many steps
+
 
 class PhaseConfig(Config):
     """One phase: rounds of rollouts, fresh labels, and steps on both.
@@ -93,8 +95,8 @@ def fit_phase(
     """One round of steps, in place. rows: labelled states of the model as it is, on its device; name: of the random
     stream.
 
-    Every row of `on_step` has all losses by name and the gauges of gate and adapters. Returns the loop's report.
-    Raises DataError without thoughts.
+    Every row of `on_step` has all losses by name and the gauges of gate and adapters. Returns the loop's report with
+    `telemetry` (the last gauges) and `curve` (some of the rows). Raises DataError without thoughts.
     """
     if not thoughts:
         raise DataError("no rollout of this round was right, so there is nothing to learn from; draw more problems")
@@ -119,6 +121,7 @@ def _fit(
     average = _average(config, steerer, heads, lm.module)
     draw, noise = torch_generator("phase-rows", name), torch_generator("phase-gates", name)
     gauges: dict[str, float] = {}
+    curve: list[dict[str, Any]] = []
 
     def step_loss(_: int) -> tuple[Tensor, dict[str, float]]:
         picked = [thoughts[i] for i in torch.randint(len(thoughts), (config.batch,), generator=draw).tolist()]
@@ -135,6 +138,8 @@ def _fit(
     def watch(step: int, row: dict[str, Any]) -> bool | None:
         if average is not None:
             average.update()
+        if step % max(1, config.steps // CURVE_POINTS) == 0 or step == config.steps:
+            curve.append({"step": step, **row, **gauges})
         return None if on_step is None else on_step(step, {**row, **gauges})
 
     groups = [
@@ -154,7 +159,7 @@ def _fit(
     heads.eval()
     steerer.eval()
     adapted.learning(False)
-    return {**result, "telemetry": gauges}
+    return {**result, "telemetry": gauges, "curve": curve}
 
 
 def _average(config: PhaseConfig, *modules: nn.Module) -> Ema | None:
