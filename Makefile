@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: demo test check bench train-nano clean
+.PHONY: demo test check bench bench-train train-nano clean
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "gnomon needs Python 3.11 or newer; name one: make PYTHON=python3.11 ...")'
@@ -43,6 +43,10 @@ check: $(VENV)/.test
 bench: $(VENV)/.test
 	$(PY) -m pytest -q -m bench tests
 	$(PY) benchmarks/decode.py
+
+# Training speed against the Hugging Face Trainer; on a GPU: make bench-train ARGS="--preset base --compile"
+bench-train: $(VENV)/.test
+	$(PY) benchmarks/train.py $(ARGS)
 
 # Trains the shipped model again from nothing, or goes on from its newest checkpoint.
 train-nano: $(VENV)/.demo

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gnomon.model import fused
+from gnomon.model.fused import Linear, Segments
+
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values -> all in view (KeyValues.append)
 
 
@@ -24,6 +27,13 @@ def rope_table(context: int, head_size: int, base: float) -> Tensor:
     inverse = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     angles = torch.arange(context, dtype=torch.float32)[:, None] * inverse
     return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def record_mask(positions: Tensor) -> Tensor:
+    """Who may look where in packed rows: positions int64 [B, T], 0 where a record begins -> bool [B, 1, T, T]."""
+    record = (positions == 0).cumsum(-1)
+    same = record[:, :, None] == record[:, None, :]
+    return (same & torch.ones_like(same[0]).tril()).unsqueeze(1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -44,13 +54,19 @@ class Attention(nn.Module):
         if channels % heads or (channels // heads) % 2:
             raise ValueError(f"channels {channels} must split into {heads} heads of even size.")
         self.heads, self.head_size = heads, channels // heads
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.out = nn.Linear(channels, channels, bias=False)
+        self.qkv = Linear(channels, 3 * channels)
+        self.out = Linear(channels, channels)
         self.gain = nn.Parameter(torch.ones(heads))
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, append: Append | None) -> Tensor:
-        """x [B, T, C]; mask bool [B, 1, T, S] (True = may look) or None for plain causal -> [B, T, C]."""
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | Segments | None, append: Append | None) -> Tensor:
+        """x [B, T, C]; mask bool [B, 1, T, S] (True = may look) or None for plain causal -> [B, T, C].
+
+        Segments: causal inside records, by the compiled kernel.
+        """
         batch, length, channels = x.shape
+        if isinstance(mask, Segments):
+            qkv = self.qkv(x).view(batch * length, 3, self.heads, self.head_size)
+            return self.out(fused.attend(qkv, self.gain, table.flatten(0, 1), *mask).view(batch, length, channels))
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
         q, k = rotate(rms_norm(q), table), rotate(rms_norm(k), table)
         q = q * self.gain[:, None, None].to(q.dtype)

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gnomon.base.errors import unknown
-from gnomon.model.attention import Attention, rms_norm, rope_table
+from gnomon.model import fused
+from gnomon.model.attention import Attention, record_mask, rms_norm, rope_table
 from gnomon.model.cache import DecoderCache, KeyValues
+from gnomon.model.fused import Linear, Segments
 from gnomon.model.hyper import HyperConnection, gauges
 
 
@@ -74,10 +76,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int, factor: int):
         super().__init__()
-        self.up = nn.Linear(channels, factor * channels, bias=False)
-        self.out = nn.Linear(factor * channels, channels, bias=False)
+        self.up = Linear(channels, factor * channels)
+        self.out = Linear(factor * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.up) is Linear and type(self.out) is Linear and fused.usable(x):  # no adapter around them
+            return fused.squared_relu_mlp(x, self.up.weight, self.out.weight)
         return self.out(F.relu(self.up(x)).square())
 
 
@@ -95,8 +99,12 @@ class Block(nn.Module):
                 HyperConnection(config.streams, config.channels, 2 * index + part, *options) for part in range(2)
             )
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KeyValues | None, index: int) -> Tensor:
+    def forward(
+        self, x: Tensor, table: Tensor, mask: Tensor | Segments | None, cache: KeyValues | None, index: int
+    ) -> Tensor:
         """x [B, T, C] (one stream) or [B, T, n, C] -> the same shape."""
+        if isinstance(mask, Segments):
+            return self._fused(x, table, mask)
         layer = partial(cache.append, index) if cache is not None else None
         if self.streams == 1:
             x = x + self.attention(rms_norm(x), table, mask, layer)
@@ -110,6 +118,30 @@ class Block(nn.Module):
         y, post, comb = second.read(flat)
         flat = second.write(flat, self.mlp(rms_norm(y)), post, comb)
         return flat.unflatten(0, (batch, length))
+
+    def _fused(self, x: Tensor, table: Tensor, records: Segments) -> Tensor:
+        """The same on whole sequences in float32, with compiled gradients."""
+        shape, flat = x.shape[:2], x.flatten(0, 1)
+
+        def attend(y: Tensor) -> Tensor:
+            return self.attention(y.unflatten(0, shape), table, records, None).flatten(0, 1)  # type: ignore[no-any-return]
+
+        if self.streams == 1:
+            flat, y = fused.add_norm(flat, None)
+            flat, y = fused.add_norm(flat, attend(y))
+            flat = flat + self.mlp(y)
+        elif self.hyper[0].projection == "exact":
+            first, second = (hyper.reading() for hyper in self.hyper)
+            flat, y, held = fused.hyper_read(flat, first)
+            flat, y, held = fused.hyper_pass(flat, attend(y), held, second)
+            flat = fused.hyper_write(flat, self.mlp(y), held)
+        else:
+            first, second = self.hyper
+            y, post, comb = first.read(flat)
+            flat = first.write(flat, attend(rms_norm(y)), post, comb)
+            y, post, comb = second.read(flat)
+            flat = second.write(flat, self.mlp(rms_norm(y)), post, comb)
+        return flat.unflatten(0, shape)
 
 
 def previous_tokens(ids: Tensor, mask: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,9 +171,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.channels)
-        self.before = nn.Linear(config.before * config.channels, config.channels, bias=False)
+        self.before = Linear(config.before * config.channels, config.channels)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.unembed = nn.Linear(config.channels, config.vocab_size, bias=False)
+        self.unembed = Linear(config.channels, config.vocab_size)
         size = config.channels // config.heads
         table = torch.empty(config.context, 2, size // 2, dtype=torch.float32)  # whatever the default dtype is
         self.register_buffer("rope", table, persistent=False)
@@ -178,7 +210,7 @@ class Decoder(nn.Module):
         self,
         ids: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Literal["records"] | None = None,
         cache: KeyValues | None = None,
         *,
         previous: Tensor | None = None,
@@ -188,6 +220,7 @@ class Decoder(nn.Module):
     ) -> DecoderOutput:
         """ids int64 [B, T]; positions int64 [B, T] (default 0..T-1); mask bool [B, 1, T, S] or None = causal.
 
+        mask "records": rows hold several records, each seen by itself alone; one begins wherever a position is 0.
         previous int64 [B, T, K]: the tokens before each, nearest first, -1 = none (see `previous_tokens`). Default:
         the columns to the left, down to position 0; with a cache it must be given. steer: what is done to the output of
         a block (index, [B, T, n, C]), see `steering.Steer`.
@@ -195,15 +228,23 @@ class Decoder(nn.Module):
         length = ids.shape[1]
         table = self.rope[None, :length] if positions is None else self.rope[positions]
         assert cache is None or previous is not None, "a cached pass needs the tokens before its own"
-        x = rms_norm(self.input(ids, positions, previous))
+        x = self.input(ids, positions, previous)
+        packed = positions if mask == "records" else None
+        view: Tensor | Segments | None
+        if cache is None and not isinstance(mask, Tensor) and fused.usable(x):
+            view = fused.segments(ids.shape[0], length, packed, table)
+            x = fused.add_norm(x.flatten(0, 1), None)[1].view(x.shape)
+        else:
+            view = mask if isinstance(mask, Tensor) else None if packed is None else record_mask(packed)
+            x = rms_norm(x)
         if self.config.streams > 1:
             x = x.unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
         states = []
         for index, block in enumerate(self.blocks):
             if self.checkpointing and self.training:
-                x = checkpoint(block, x, table, mask, cache, index, use_reentrant=False)
+                x = checkpoint(block, x, table, view, cache, index, use_reentrant=False)
             else:
-                x = block(x, table, mask, cache, index)
+                x = block(x, table, view, cache, index)
             if steer is not None:
                 x = steer(index, x)
             if want_states:

@@ -100,17 +100,26 @@ class HyperConnection(nn.Module):
         if self.projection == "exact":
             self.permutations.copy_(permutation_matrices(self.streams))
 
+    def scale(self) -> Tensor:
+        """Factor of every coefficient before its bias [2n + n_res]."""
+        n = self.streams
+        return torch.cat([self.alpha[0].expand(n), self.alpha[1].expand(n), self.alpha[2].expand(self.n_res)])
+
+    def reading(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the compiled kernel needs for `read` (fused.py): phi, factor and bias of every coefficient."""
+        return self.phi, self.scale(), self.bias
+
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, n, C] -> pre [N, n], post [N, n], comb [N, n, n], all float32."""
+        """x [N, n, C] -> pre [N, n], post [N, n], comb [N, n, n], all float32 (float64 stays)."""
+        flat = x.flatten(-2)
         with torch.autocast(x.device.type, enabled=False):
-            return self._coefficients(x.flatten(-2).float())
+            return self._coefficients(flat if flat.dtype == torch.float64 else flat.float())
 
     def _coefficients(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = self.streams
         inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS)
         raw = (flat @ self.phi) * inverse_rms
-        scale = torch.cat([self.alpha[0].expand(n), self.alpha[1].expand(n), self.alpha[2].expand(self.n_res)])
-        raw = raw * scale + self.bias
+        raw = raw * self.scale() + self.bias
         pre = torch.sigmoid(raw[..., :n])
         post = 2 * torch.sigmoid(raw[..., n : 2 * n])
         if self.projection == "exact":
