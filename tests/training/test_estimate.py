@@ -168,12 +168,18 @@ else:
         {"model.preset": "micro"},
         {"model.preset": "nano", "rows": 16, "precision": "fp32"},
         {"model.preset": "micro", "model.streams": 1, "rows": 32},
+        {"model.preset": "nano", "rows": 16, "precision": "fp32", "thrifty": True},
     ],
 )
 def test_memory_and_disk_of_a_real_run(values: dict[str, Any], tmp_path: Path) -> None:
-    """Peak resident memory within 25 % of the estimate, the checkpoint within 10 %."""
+    """Peak resident memory within 25 % of the estimate, the checkpoint within 10 %.
+
+    thrifty: the allocator gives back what is freed; then the count of what lives holds without a margin, within 12 %.
+    """
+    thrifty = values.get("thrifty", False)
+    values = {k: v for k, v in values.items() if k != "thrifty"}
     values = {"steps": 8, "save_every": 4, "eval_every": 4, "corpus.records": 4000, "workers": 1, **values}
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if thrifty else {})
     said, was = (
         json.loads(
             subprocess.run(
@@ -183,7 +189,9 @@ def test_memory_and_disk_of_a_real_run(values: dict[str, Any], tmp_path: Path) -
         )
         for mode in ("estimate", "run")
     )  # fmt: skip
+    if thrifty:
+        said["memory_mb"] -= round((est.MARGIN - 1) * said["step_peak_mb"])
     shown = f"{values}: said {said['memory_mb']} MB, was {was['peak_mb']:.0f} MB; disk {said['checkpoint_mb']} / "
     print(shown + f"{was['disk_mb']:.1f} MB; step {said['seconds_per_step']} / {was['seconds']:.2f} s")
-    assert said["memory_mb"] == pytest.approx(was["peak_mb"], rel=0.25), shown
+    assert said["memory_mb"] == pytest.approx(was["peak_mb"], rel=0.12 if thrifty else 0.25), shown
     assert said["checkpoint_mb"] == pytest.approx(was["disk_mb"], rel=0.1), shown

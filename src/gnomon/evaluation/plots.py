@@ -282,7 +282,8 @@ def _curve(ax: Any, name: str, points: Sequence[tuple[float, float]]) -> None:
     if name.endswith("accuracy"):
         ax.set_ylim(-0.03, 1.03)
     elif len(y) and y.min() == y.max() >= 0:  # constant: not a hundredth of a unit high
-        ax.set_ylim(0, max(1.0, 1.3 * float(y.max())))
+        top = max(1.0, 1.3 * float(y.max()))
+        ax.set_ylim(-0.03 * top, top)
     if len(y) <= 40:
         ax.plot(x, y, color=COLOURS[0], lw=1.5, marker="o", ms=3)
         return

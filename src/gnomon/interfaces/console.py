@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +14,7 @@ from gnomon.base.telemetry import Event, Progress, event_line, finite
 if TYPE_CHECKING:
     from rich.console import Console
 
+WIDE: Final = 160  # columns of a table that goes to a file or a pipe
 _resume = ""
 
 
@@ -20,7 +22,7 @@ def out() -> Console:
     """The console for results."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
 
 
 def say(text: str = "") -> None:
@@ -182,7 +184,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], not
         from rich.console import Console
 
         page = io.StringIO()
-        Console(file=page, width=160, highlight=False).print(grid)
+        Console(file=page, width=WIDE, highlight=False).print(grid)
         screen().note("\n".join(line.rstrip() for line in page.getvalue().splitlines()))
 
 
@@ -193,6 +195,8 @@ def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
+        if 0 < abs(value) < 0.001:
+            return f"{value:.2g}"
         return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
     if isinstance(value, int):
         return f"{value:,}"
