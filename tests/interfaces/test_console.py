@@ -46,3 +46,14 @@ def test_warnings_are_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> 
         "warning: tracker wandb is given up (no room, 3 rows dropped); the run and metrics.jsonl go on",
         "checkpoint/saved other=facts of a later version",
     ]
+
+
+def test_a_stage_that_is_through_says_so_before_what_follows(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.Stages() as stages:
+        count = stages("corpus", 4)
+        count(2)
+        count(2)
+        console.say("data: ready")
+        stages("train", 2)(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" in ")[0] for line in lines] == ["corpus: 4/4", "data: ready", "train: 1/2"]

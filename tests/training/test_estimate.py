@@ -174,7 +174,7 @@ else:
 def test_memory_and_disk_of_a_real_run(values: dict[str, Any], tmp_path: Path) -> None:
     """Peak resident memory within 25 % of the estimate, the checkpoint within 10 %.
 
-    thrifty: the allocator gives back what is freed; then the count of what lives holds without a margin, within 12 %.
+    thrifty: the allocator gives back what is freed; then the count of what lives is enough, without a margin.
     """
     thrifty = values.get("thrifty", False)
     values = {k: v for k, v in values.items() if k != "thrifty"}
@@ -193,5 +193,8 @@ def test_memory_and_disk_of_a_real_run(values: dict[str, Any], tmp_path: Path) -
         said["memory_mb"] -= round((est.MARGIN - 1) * said["step_peak_mb"])
     shown = f"{values}: said {said['memory_mb']} MB, was {was['peak_mb']:.0f} MB; disk {said['checkpoint_mb']} / "
     print(shown + f"{was['disk_mb']:.1f} MB; step {said['seconds_per_step']} / {was['seconds']:.2f} s")
-    assert said["memory_mb"] == pytest.approx(was["peak_mb"], rel=0.12 if thrifty else 0.25), shown
+    if thrifty:
+        assert said["step_peak_mb"] < was["peak_mb"] < 1.05 * said["memory_mb"], shown
+    else:
+        assert said["memory_mb"] == pytest.approx(was["peak_mb"], rel=0.25), shown
     assert said["checkpoint_mb"] == pytest.approx(was["disk_mb"], rel=0.1), shown

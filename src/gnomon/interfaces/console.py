@@ -65,6 +65,8 @@ class Stages:
 
         def count(n: int = 1, note: str | None = None) -> None:
             bar.advance(n, note)
+            if bar.done >= total and self._bar is bar:  # say so now, not when the next one begins
+                self.close()
 
         return count
 
@@ -115,7 +117,7 @@ def puzzle(sample: Mapping[str, Any]) -> str:
     """
     right = bool(sample["correct"])
     colour: Colour = "green" if right else "red"
-    thought = _cut(str(sample.get("think") or "(none)"))
+    thought = _cut(str(sample.get("think") or "(none)"), _LONGEST // 2)
     kind = _cut(f"[{sample['task']} {sample['level']}]")
     answer, verdict = _cut(str(sample["answer"] or "(nothing)")), "right" if right else "wrong"
     lines = (
@@ -126,10 +128,10 @@ def puzzle(sample: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, most: int = _LONGEST) -> str:
     """Text of a model or of data in one harmless line."""
     line = " / ".join(part.strip() for part in harmless(text.replace("\t", " ")).splitlines() if part.strip())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def _tell(event: Event) -> str:
