@@ -55,7 +55,8 @@ class ReportData:
     """What a report shows; parts that are missing are left out.
 
     summary: of `summarise`; alpha: mean weight per layer for each site; curves: rows of a training log;
-    marks: steps to mark in the curves; tiles: (value, label) at the head, behind those of the summary;
+    marks: steps to mark in the curves; phases, phase_marks: the same of phases B and C; tiles: (value, label) at the
+    head, behind those of the summary;
     gates: of the side adapters over one thought (plots.gates_by_token);
     facts: lines of provenance (command, seed, model, machine); tables: shown after the charts.
     """
@@ -70,6 +71,8 @@ class ReportData:
     tables: Sequence[Table] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     marks: Sequence[plots.Mark] = ()
+    phases: Sequence[Mapping[str, Any]] = ()
+    phase_marks: Sequence[plots.Mark] = ()
     tiles: Sequence[tuple[str, str]] = ()
 
 
@@ -134,6 +137,9 @@ def _charts(data: ReportData) -> list[tuple[str, str, str, Callable[[], Any]]]:
         charts.append(
             ("training_curves", "Training curves", "", lambda: plots.training_curves(data.curves, data.marks))
         )
+    if data.phases:
+        note = "Steps of all rounds, one behind the other; dotted: a round begins with rollouts and labels of its own."
+        charts.append(("phase_curves", "Phases", note, lambda: plots.training_curves(data.phases, data.phase_marks)))
     return charts
 
 

@@ -14,7 +14,7 @@ def resolve(name: str) -> torch.device:
     try:
         place = torch.device(name)
         torch.zeros(1, device=place).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n", 1)[0]
         raise ModelError(
             f'there is no device {name!r} here ({reason}); write "cpu", "auto", or "cuda" where torch has it'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -100,14 +100,14 @@ def write(outcome: Outcome, config: MetacogRunConfig, folder: Path, title: str) 
         "seconds": ", ".join(f"{k} {v:.0f}" for k, v in outcome.seconds.items()),
         "heads": f"{heads['parameters']:,} parameters, {heads['steps']} steps, {heads['seconds']:.0f} s",
     }
-    curves, marks = _curves(heads["curve"], outcome)
+    phases, marks = _curves(outcome)
     data = ReportData(
         title,
         outcome.summary,
         outcome.records,
         outcome.sweep,
         heads["telemetry"].get("alpha_by_site", {}),
-        curves,
+        heads["curve"],
         outcome.gates,
         (
             *_phases(outcome),
@@ -115,7 +115,8 @@ def write(outcome: Outcome, config: MetacogRunConfig, folder: Path, title: str) 
             Table("What this run shows", COLUMNS, claims(outcome), "Every number was computed in this run."),
         ),
         facts,
-        marks,
+        phases=phases,
+        phase_marks=marks,
     )
     write_atomic(folder / DATA_FILE, json.dumps(_plain(data)) + "\n")
     return write_report(folder, data)
@@ -132,7 +133,8 @@ def _plain(data: ReportData) -> dict[str, Any]:
             "sweep": None if sweep is None else sweep.to_json(),
             "alpha": data.alpha,
             "curves": list(data.curves),
-            "marks": list(data.marks),
+            "phases": list(data.phases),
+            "phase_marks": list(data.phase_marks),
             "gates": data.gates,
             "tables": [vars(t) for t in data.tables],
             "facts": data.facts,
@@ -164,21 +166,17 @@ def _record(facts: Mapping[str, Any]) -> EvalRecord:
     return EvalRecord(**values)
 
 
-_WATCHED = {"loss/think_ce": "phases/think_ce", "loss/answer_ce": "phases/answer_ce"}
-_GAUGES = ("gate/rms", "adapters/coverage")
+_WATCHED = ("loss/think_ce", "loss/answer_ce", "gate/rms", "adapters/activity", "adapters/coverage", "grad_norm")
 
 
-def _curves(heads: Sequence[Mapping[str, Any]], outcome: Outcome) -> tuple[list[Mapping[str, Any]], list[Mark]]:
-    """Steps of the heads, then those of every round behind them; a mark where a phase begins."""
-    rows, marks = list(heads), list[Mark]()
-    last = max((int(r["step"]) for r in heads), default=0)
+def _curves(outcome: Outcome) -> tuple[list[Mapping[str, Any]], list[Mark]]:
+    """Steps of all rounds, one behind the other; a mark where a round begins."""
+    rows, marks, last = list[Mapping[str, Any]](), list[Mark](), 0
     for told in outcome.phases:
-        marks.append((last, 1 + (told["phase"] != "B"), f"phase {told['phase']}"))
-        curve = told["fit"].get("curve", ())
-        for r in curve:
-            kept = {name: r[key] for key, name in _WATCHED.items() if key in r} | {k: r[k] for k in _GAUGES if k in r}
-            rows.append({"step": last + r["step"], **kept})
-        last += max((int(r["step"]) for r in curve), default=0)
+        curve = told["fit"]["curve"]
+        marks.append((last + 0.5, 1 + (told["phase"] != "B"), f"phase {told['phase']}"))
+        rows += [{"step": last + r["step"], **{k: r[k] for k in _WATCHED if k in r}} for r in curve]
+        last += int(curve[-1]["step"])
     return rows, marks
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from gnomon.base.atomic import disk_error
 from gnomon.base.errors import CheckpointError
 from gnomon.interfaces import console, options
+
+if TYPE_CHECKING:
+    from gnomon.base.runs import Run
 
 Flag = Parameter(negative=())
 Rest = Parameter(allow_leading_hyphen=True, show=False)
@@ -139,6 +143,31 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former if former is not None else signal.SIG_DFL)
 
 
+@contextmanager
+def _run_of_layer(settled: Any, origins: dict[str, str], run: Path | None, runs: Path) -> Iterator[Run]:
+    """The open run folder; signals and disks that fail say how to go on."""
+    from gnomon.base.runs import create_run, open_run
+
+    place = run
+    try:
+        with _terminable():
+            if place is None:
+                opened = create_run("metacog", settled, root=runs, origins=origins, seed=settled.seed)
+            else:
+                opened = open_run(place, settled, origins=origins, seed=settled.seed)
+                os.truncate(place / "metrics.jsonl", 0)  # the heads are fitted from their first step again
+            place = opened.folder
+            with opened:
+                yield opened
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        told = disk_error(error, "the run cannot be written")
+        raise type(told)(f"{told}; {_go_on(place)}") from None
+    except CheckpointError as error:
+        raise type(error)(f"{error}; {_go_on(place)}") from None
+
+
 def metacog(
     *overrides: Annotated[str, Rest],
     base: str | None = None,
@@ -176,41 +205,25 @@ def metacog(
 
         settled = settled.model_copy(update={"device": str(resolve(settled.device))})
     if dry_run:
-        if json:
-            console.emit_json(configs.dump(settled))
-        else:
-            console.say(configs.dump_yaml(settled))
+        console.emit_json(configs.dump(settled)) if json else console.say(configs.dump_yaml(settled))
         return
-    from gnomon.base.runs import create_run, open_run
     from gnomon.recipes import claims
     from gnomon.recipes.metacog import run_metacog
 
-    place = run
+    folder = run
     try:
-        with _terminable():
-            if place is None:
-                opened = create_run("metacog", settled, root=runs, origins=origins, seed=settled.seed)
-            else:
-                (place / "metrics.jsonl").unlink(missing_ok=True)  # the heads are fitted from their first step again
-                opened = open_run(place, settled, origins=origins, seed=settled.seed)
-            place = opened.folder
-            with opened:
-                outcome = run_metacog(settled, opened)
-                page = claims.write(outcome, settled, place, f"gnomon: {settled.base}")
+        with _run_of_layer(settled, origins, run, runs) as opened:
+            folder = opened.folder
+            outcome = run_metacog(settled, opened)
+            page = claims.write(outcome, settled, folder, f"gnomon: {settled.base}")
     except KeyboardInterrupt:
-        console.say(f"\nstopped: {_go_on(place)}")
+        console.say(f"\nstopped: {_go_on(folder)}")
         if json:
-            console.emit_json({"run": str(place), "stopped": True})
+            console.emit_json({"run": str(folder), "stopped": True})
         return
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
-        told = disk_error(error, "the run cannot be written")
-        raise type(told)(f"{told}; {_go_on(place)}") from None
-    except CheckpointError as error:
-        raise type(error)(f"{error}; {_go_on(place)}") from None
+    assert folder is not None
     if json:
-        console.emit_json({"run": str(opened.folder), "summary": outcome.summary, "seconds": outcome.seconds})
+        console.emit_json({"run": str(folder), "summary": outcome.summary, "seconds": outcome.seconds})
         return
     console.table("What this run shows", claims.COLUMNS, claims.claims(outcome))
-    console.say(f"model:  {opened.folder / 'model'}\nreport: {page}")
+    console.say(f"model:  {folder / 'model'}\nreport: {page}")
