@@ -206,12 +206,12 @@ def test_a_file_is_read_or_counted(name: str, tok: Tokenizer, tmp_path: Path) ->
     assert (found.fault, found.used, found.quarantined) == (None, used, bad)
 
 
-def _cut(write: Callable[[Path], None], share: float = 0.6) -> Callable[[Path], None]:
+def _cut(write: Callable[[Path], None], end: float = 0.6) -> Callable[[Path], None]:
     def made(path: Path) -> None:
         write(path)
         (found,) = path.parent.iterdir()
         data = found.read_bytes()
-        found.write_bytes(data[: int(share * len(data))])
+        found.write_bytes(data[: int(end * len(data)) if end > 0 else int(end)])
 
     return made
 
@@ -250,7 +250,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "arrow cut": (_cut(_arrow(ROWS_OF_TEXT)), "byte"),
     "arrow noise": (_noise(_arrow(ROWS_OF_TEXT), 400), "a.arrow"),
     "arrow that is none": (lambda p: p.with_suffix(".arrow").write_bytes(b"hello, text") and None, "no Arrow file"),
-    "arrow, empty": (lambda p: p.with_suffix(".arrow").write_bytes(b""), "empty"),
+    "arrow, empty": (lambda p: p.with_suffix(".arrow").write_bytes(b""), "no Arrow file"),
+    "arrow without its end mark": (_cut(_arrow(ROWS_OF_TEXT), -8), "or cut"),
     "arrow, dictionary column": (
         _arrow(pa.table({"text": pa.array(["a", "b"]).dictionary_encode()})), "plain texts",
     ),

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from gnomon.base.errors import ConfigError, DataError
+from gnomon.base.errors import ConfigError, DataError, GnomonError
 from gnomon.data.ingest import MAX_MESSAGES, MAX_ROW_BYTES, BadRow, Raw, decoded
 from gnomon.data.readers import MAX_RATIO, RATIO_FREE, Watched, print_of
 
@@ -19,7 +19,7 @@ BATCH: Final = 64
 MAX_BATCH_BYTES: Final = 256 * 2**20
 _MAGIC: Final = b"ARROW1\0\0"
 _RECORD_BATCH: Final = 3  # of the union MessageHeader in Arrow's Message.fbs
-_END: Final = (b"", b"\xff\xff\xff\xff\0\0\0\0")
+_END: Final = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def arrow() -> Any:
@@ -117,7 +117,9 @@ class _Rows:
         assert self._rows is not None and self._file is not None
         try:
             raw = next(self._rows)
-        except (OSError, self._pa.ArrowException, MemoryError, struct.error, IndexError) as error:
+        except GnomonError:
+            raise
+        except (OSError, self._pa.ArrowException, ValueError, LookupError, MemoryError, struct.error) as error:
             self._file.check(f"row {self._row + 1}")
             raise DataError(f"{self.path} is damaged at row {self._row + 1}: {str(error)[:200]}") from None
         self._row += 1
@@ -143,7 +145,7 @@ class ParquetRows(_Rows):
         assert file is not None
         table = pq.ParquetFile(file.file, pre_buffer=False, buffer_size=2**16)
         names = _columns(pa, table.schema_arrow, self._wanted, self.path)
-        self._check_sizes(table, names)
+        self._check_sizes(table)
         paths = [table.schema.column(i).path for i in range(len(table.schema))]
         texts = [p for i, p in enumerate(paths) if table.schema.column(i).physical_type == "BYTE_ARRAY"]
         table = pq.ParquetFile(
@@ -162,17 +164,18 @@ class ParquetRows(_Rows):
                     yield _raw(pa, batch, names, index, self._row + 1)
                 skip = max(0, skip - batch.num_rows)
 
-    def _check_sizes(self, table: Any, names: Sequence[str]) -> None:
-        """Pages are unpacked whole: refuse columns that unpack to more than 100 times their size."""
-        for group in range(table.num_row_groups):
-            rows = table.metadata.row_group(group)
-            for column in map(rows.column, range(rows.num_columns)):
-                size, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
-                if column.path_in_schema.split(".")[0] in names and size > max(RATIO_FREE, MAX_RATIO * packed):
-                    raise DataError(
-                        f"{self.path}: column {column.path_in_schema!r} unpacks from {packed} to {size} bytes, more "
-                        f"than {MAX_RATIO} times; unpack it yourself when it is meant"
-                    )
+    def _check_sizes(self, table: Any) -> None:
+        """Pages are unpacked whole: refuse a file that unpacks to more than 100 times its size.
+
+        By row groups: pyarrow ends the process on a damaged description of a column.
+        """
+        assert self._file is not None
+        sizes = [table.metadata.row_group(g).total_byte_size for g in range(table.num_row_groups)]
+        if min(sizes, default=0) < 0 or sum(sizes) > max(RATIO_FREE, MAX_RATIO * self._file.size):
+            raise DataError(
+                f"{self.path} unpacks from {self._file.size} to {sum(sizes)} bytes, above {MAX_RATIO} times its size; "
+                "write it with less compression when that is meant"
+            )
 
     def where(self) -> dict[str, Any]:
         return {"row": self._row}
@@ -215,11 +218,12 @@ class ArrowRows(_Rows):
         assert file is not None
         start = file.file.tell()
         head = file.file.read(8)
-        if head in _END:
+        if head == _END:
             return None
-        mark, size = struct.unpack("<Ii", head)
+        mark, size = struct.unpack("<Ii", head) if len(head) == 8 else (0, 0)
         if mark != 0xFFFFFFFF or not 0 < size <= 2**24 or start + size > file.size:
-            raise DataError(f"{self.path} is no Arrow file, or damaged, at byte {start}")
+            file.check(f"byte {start}")
+            raise DataError(f"{self.path} is no Arrow file, or cut, or damaged, at byte {start}")
         meta = file.file.read(size)
         kind, body, header = _header(meta)
         if body > MAX_BATCH_BYTES or start + 8 + size + body > file.size:
