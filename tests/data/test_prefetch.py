@@ -17,6 +17,8 @@ import pytest
 from tests.data.test_stream import over_the_wire, row, same, source, write
 
 from gnomon.base.errors import DataError
+from gnomon.base.stopping import StopRequested
+from gnomon.data import prefetch
 from gnomon.data.corpus import Bins, BinSource, PackedRow, StepData, collate, write_bin
 from gnomon.data.encode import Encoded
 from gnomon.data.prefetch import Prefetch
@@ -133,6 +135,28 @@ def test_a_step_that_takes_longer_than_its_data_never_waits() -> None:
         waits.append(ahead.wait_seconds)
     assert sorted(waits)[3] < 0.005
     ahead.close()
+
+
+def test_a_request_to_stop_is_heard_while_a_network_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "LEAVE", 0.2)
+    answer, asked = threading.Event(), False
+
+    class Silent(Counter):
+        def step(self, number: int) -> StepData:
+            answer.wait(30)
+            return super().step(number)
+
+    inner = Silent()
+    ahead = Prefetch(inner, stop=lambda: asked)
+    asked = True
+    began = time.monotonic()
+    with pytest.raises(StopRequested, match="waiting for data"):
+        ahead.step(0)
+    ahead.close()
+    assert time.monotonic() - began < 3 and not inner.closed
+    answer.set()
+    ahead.close()
+    assert inner.closed and not threads()
 
 
 LOOP = """
