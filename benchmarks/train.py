@@ -59,6 +59,11 @@ class Setting:
     device: str
     precision: str
     compile: bool
+    cpu_time: bool = False
+
+    def clock(self) -> float:
+        """Seconds: of the wall, or those that this process has computed."""
+        return time.process_time() if self.cpu_time else time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,10 @@ class FullRows:
         """Nothing is open."""
 
 
-def task_records(folder: Path, records: int = 6_000) -> Bins:
-    """Records of the built-in mixture, in the shipped tokenizer's ids."""
+def task_records(folder: Path, records: int = 6_000) -> Callable[[], Bins]:
+    """Records of the built-in mixture, in the shipped tokenizer's ids; opens them."""
     prepare(folder, Tokenizer.load(shipped("nano")), CorpusConfig(records=records, stream="bench-train"), workers=1)
-    return Bins(folder)
+    return lambda: Bins(folder)
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
@@ -149,7 +154,7 @@ class Watch:
         self.seen += 1
         if self.setting.device == "cuda" and self.seen in (SKIPPED, SKIPPED + self.setting.steps):
             torch.cuda.synchronize()
-        self.ended = time.perf_counter()
+        self.ended = self.setting.clock()
         if self.seen == SKIPPED:
             self.began = self.ended
         elif self.seen > SKIPPED:
@@ -284,22 +289,25 @@ def flops_per_token(setting: Setting) -> float:
     return 6.0 * weights + 6.0 * model.config.layers * model.config.channels * setting.length
 
 
-def measure(setting: Setting, bins: Bins, n: int) -> dict[str, Any]:
-    """All sides of one precision."""
+def measure(setting: Setting, bins: Callable[[], Bins], n: int) -> dict[str, Any]:
+    """All sides of one precision. bins(): the task records, opened anew: who reads them closes them."""
+
+    def packed() -> BinSource:
+        return BinSource(bins(), setting.rows, setting.length, "bench-train", setting.vocab)
+
     full = FullRows(setting)
     texts = [{"input_ids": row, "labels": row} for row in full.ids]
-    packed = BinSource(bins, setting.rows, setting.length, "bench-train", setting.vocab)
-    records, size = for_peer(bins), packed_tokens(packed, setting)
+    records, size = for_peer(bins()), packed_tokens(packed(), setting)
     batch = max(1, round(size / statistics.fmean(len(r["input_ids"]) for r in records)))
     sides: dict[str, Callable[[], Run]] = {
         "plain": lambda: ours(setting, 1, full, packed=False),
         "hf": lambda: trainer(setting, texts, setting.rows),
         "mhc": lambda: ours(setting, 4, full, packed=False),
         "plain adamw": lambda: ours(setting, 1, full, packed=False, adamw=True),
-        "records plain": lambda: ours(setting, 1, packed, packed=True),
+        "records plain": lambda: ours(setting, 1, packed(), packed=True),
         "records hf": lambda: trainer(setting, records, batch, padded),
         "records hf grouped": lambda: trainer(setting, records, batch, padded, grouped=True),
-        "records mhc": lambda: ours(setting, 4, packed, packed=True),
+        "records mhc": lambda: ours(setting, 4, packed(), packed=True),
     }
     kept = rounds(sides, n)
     top, work = peak(setting.device, setting.precision), flops_per_token(setting)
@@ -349,8 +357,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--cpu-time", action="store_true", help="time of one thread, where others use the machine too")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     args = parser.parse_args()
+    if args.cpu_time:
+        args.threads = 1
     if args.threads:
         torch.set_num_threads(args.threads)
     vocab = args.vocab or (8192 if args.preset in ("small", "base") else 1024)
@@ -359,8 +370,9 @@ def main() -> None:
         bins = task_records(Path(folder))
         for precision in DTYPES if args.precision == "both" else (args.precision,):
             setting = Setting(
-                args.preset, vocab, args.rows, args.length, args.steps, args.device, precision, args.compile
-            )
+                args.preset, vocab, args.rows, args.length, args.steps, args.device, precision, args.compile,
+                args.cpu_time,
+            )  # fmt: skip
             print(f"{precision}, {args.device}, {torch.get_num_threads()} threads", file=sys.stderr, flush=True)
             found[precision] = measure(setting, bins, args.rounds)
     shown = found.get("bf16") or found["fp32"]
