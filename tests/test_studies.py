@@ -127,6 +127,26 @@ def test_closing_where_the_layer_is_sure_is_what_the_rule_does(
     assert set(found_rises["here"]) == {"first", "25%", "50%", "75%", "100%"}
 
 
+def test_the_whole_comparison_runs_on_a_few_thoughts(
+    studies: dict[str, Any], nano: Reasoner, thoughts: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    r = studies["study_running"]
+    places = lambda t: [*t.boundaries, *(u for u, _ in t.states), *r.CUTS]  # noqa: E731
+    these = studies["study_thoughts"].with_trials(nano, thoughts, places)
+    assert nano.decider is not None
+    groups = {
+        name: [r.Layer(nano.decider.heads, (1.5, 0.3), (1.0, 0.0))] for name in ("right in the end", "right here")
+    }
+    found = r.study(groups, these, these)
+    rules = [row["rule"] for row in found["stopping"]]
+    assert {"uncapped", "answer probability", "sure, gap to the promise, seed 0"} <= set(rules)
+    assert found["boundaries"] == len(r.right_here(these)) and set(found["against"]) == {
+        "answer probability", "cut per (family, level)", "threshold, right here",
+    }  # fmt: skip
+    r._show({"stream": "x", "val_n": 8, "plans": {"verify": found}}, "verify")
+    assert "Closing early, plan verify" in capsys.readouterr().out
+
+
 def test_the_learned_rule_is_compared_with_what_the_others_cost(studies: dict[str, Any]) -> None:
     """Equal stops: no difference in tokens, but the other rule has paid for its probes."""
     r = studies["study_running"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tests import own
 
 from gnomon.attempts import Job, run
@@ -15,16 +16,17 @@ from gnomon.base.errors import DataError
 from gnomon.base.seeds import numpy_generator
 from gnomon.decoding.slack import FixedCut, factory
 from gnomon.evaluation import metrics
+from gnomon.metacognition.heads import MetacogHeads
 from gnomon.protocol.tags import STRATEGIES
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.procedural import problems
-from gnomon.training.head_rows import split
-from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_trials
+from gnomon.training.head_rows import split, whole
+from gnomon.training.heads_fit import HeadsConfig, fit_heads, head_losses, read_trials
 from gnomon.training.rollout import label_trials, problem_id, trial_answers
 from gnomon.training.trials import Trials
 
 ITEMS = problems("boolean", "train", "trials", 6, (1, 2))
-SMALL = HeadsConfig(proj_dim=16, width=32, steps=240)
+SMALL = HeadsConfig(proj_dim=16, width=32, steps=140)
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +125,13 @@ def test_trials_of_another_base_are_refused(synthetic: Any) -> None:
     trials = synthetic_trials(30, "other")
     with pytest.raises(DataError, match=r"states \[3, 24\], the labels \[4, 24\]"):
         fit_heads(synthetic.make(40, seed=1), SMALL, trials=replace(trials, taps=trials.taps[:, :3]))
+
+
+def test_a_round_without_trial_answers_teaches_them_nothing(synthetic: Any) -> None:
+    """Phases B and C: labels alone. The other label, of the whole thought, must not take its place."""
+    heads = MetacogHeads(SMALL.metacog(4, 24, STRATEGIES, closing=True))
+    rows = whole(synthetic.make(30, seed=1, boundaries=True))
+    parts, _ = head_losses(heads, rows, [torch.arange(min(n, 8)) for n in rows.sizes()])
+    assert len(rows.outcome) > 8 and "boundary_conf" not in parts
+    closing, rank, need = (parts[k].item() for k in ("closing", "closing_rank", "boundary_budget"))
+    assert closing == rank == 0.0 and need > 0

@@ -34,7 +34,7 @@ class Draw:
     n: Annotated[int, _help("How many problems: tasks in turn, levels uniform.")] = 200
     levels: Annotated[str, _help("1-5, 4,5 or 3.")] = "1-5"
     max_batch: Annotated[int, _help("Rows decoded together.")] = 64
-    rules: Annotated[str, _help("Soft rules, such as slack:share=0.2,loop (slack, margin, loop, cut).")] = ""
+    rules: Annotated[str, _help("Soft rules, such as slack:share=0.2,loop (slack, margin, sure, loop, cut).")] = ""
     running: Annotated[bool, Flag, _help("Estimate again at boundaries; may close sooner than predicted.")] = False
     modulate: Annotated[bool, Flag, _help("Sample thoughts as the layer's decoding policy says.")] = False
     device: Annotated[str, _help("cpu or cuda.")] = "cpu"
