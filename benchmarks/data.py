@@ -9,13 +9,13 @@ import argparse
 import gzip
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from gnomon.base import seeds
@@ -39,8 +39,8 @@ def row(index: int, lines: int = 40) -> dict[str, str]:
 
 
 def rss() -> float:
-    """Peak memory of this process, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Memory of this process, MB. (`ru_maxrss` of a child begins with its parent's.)"""
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def write(folder: Path, gigabytes: float) -> dict[str, Path]:
@@ -78,12 +78,15 @@ def reading(path: Path) -> dict[str, float]:
     (feed,) = one._streams
     assert isinstance(feed, Feed)
     before, began, size = rss(), time.process_time(), 0
+    peak = before
     while feed.epoch == 0:
         feed.next_sample()
         size += 1
+        if size % 200 == 0:
+            peak = max(peak, rss())
     spent = time.process_time() - began
     one.close()
-    return {"rows": size, "rows_per_sec": size / spent, "rss_mb": rss(), "rss_growth_mb": rss() - before}
+    return {"rows": size, "rows_per_sec": size / spent, "rss_mb": peak, "rss_growth_mb": peak - before}
 
 
 def making(path: Path, seconds: float = 15) -> dict[str, float]:
