@@ -15,7 +15,7 @@ from gnomon.metacognition.steerer import SteerConfig, Steerer
 from gnomon.model.lm import LM
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.procedural import problems
-from gnomon.training.thoughts import collate, guided, thought_of
+from gnomon.training.thoughts import beside, collate, guided, thought_of
 
 
 def random_steerer(heads: MetacogHeads, scale: float = 0.5, **options: Any) -> Steerer:
@@ -123,3 +123,20 @@ def test_gradients_go_where_they_belong_and_nowhere_else() -> None:
     for name in ("heads.trunk.inp.weight", "heads.trunk.out.weight", "heads.aggregator.query"):
         assert lm[name] > 0, "and trunk and aggregator through g"
     assert all(lm[n] == 0 for n in lm if n.startswith(("heads.plan_head", "heads.budget_head", "heads.conf_head")))
+
+
+def test_heads_come_back_from_the_device_of_the_base_whatever_happens() -> None:
+    moved: list[str] = []
+
+    class Part(torch.nn.Module):
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            moved.append(str(device))
+            return self
+
+    class There:
+        device = torch.device("meta")
+
+    with pytest.raises(KeyboardInterrupt), beside(There(), Part(), Part()):  # type: ignore[arg-type]
+        assert moved == ["meta", "meta"]
+        raise KeyboardInterrupt
+    assert moved == ["meta", "meta", "cpu", "cpu"]
