@@ -1,4 +1,4 @@
-"""What the speed benchmark counts, with a stand-in for the engine; its numbers are measured elsewhere."""
+"""What the speed benchmarks count, with a stand-in for the engine; their numbers are measured elsewhere."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "decode.py"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script of benchmarks/ as a module."""
+    monkeypatch.syspath_prepend(FOLDER)
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, f"bench_{name}", module)  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(FILE.parent)
-    spec = importlib.util.spec_from_file_location("bench_decode", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_decode", module)  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return script("decode", monkeypatch)
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return script("train", monkeypatch)
 
 
 class Early:
@@ -104,3 +115,91 @@ def test_without_llama_cpp_there_is_a_reason(decode: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(decode.llamacpp, "MODULE", "json")
     assert decode.llamacpp.available(tmp_path) == (tmp_path, "")
     assert decode.llamacpp.available(None)[1]
+
+
+def setting(train: Any, **changes: Any) -> Any:
+    shape = {"preset": "micro", "vocab": 1024, "rows": 2, "length": 32, "steps": 2, "device": "cpu",
+             "precision": "fp32", "compile": False}  # fmt: skip
+    return train.Setting(**{**shape, **changes})
+
+
+def test_both_sides_of_the_training_benchmark_count_the_same_tokens(train: Any) -> None:
+    """Two steps of 2 x 32 tokens behind the two that are not counted."""
+    s = setting(train)
+    full = train.FullRows(s)
+    ours = train.ours(s, 1, full, packed=False)
+    theirs = train.trainer(s, [{"input_ids": row, "labels": row} for row in full.ids], s.rows)
+    assert ours.tokens == theirs.tokens == 2 * 2 * 32
+    assert ours.seconds > ours.waited >= 0 and theirs.seconds > 0
+    assert ours.rate == pytest.approx(128 / ours.seconds)
+
+
+def test_padding_counts_for_nothing(train: Any) -> None:
+    """The peer's records are padded to the longest of a batch; useful tokens are real ids."""
+    records = [{"input_ids": torch.arange(1, n + 1), "labels": torch.arange(1, n + 1)} for n in (3, 9) * 8]
+    batch = train.padded(records[:2])
+    assert batch["input_ids"].tolist()[0] == [1, 2, 3, *[0] * 6]
+    assert batch["labels"].tolist()[0] == [1, 2, 3, *[-100] * 6]
+    assert batch["attention_mask"].sum(-1).tolist() == [3, 9]
+    run = train.trainer(setting(train), records, 4, train.padded)
+    assert 4 * 2 * 3 <= run.tokens <= 4 * 2 * 9 and run.tokens % 6 == 0
+
+
+def test_records_are_packed_for_ours(train: Any, tmp_path: Path) -> None:
+    s = setting(train, length=256)
+    bins = train.task_records(tmp_path, 60)
+    peer = train.for_peer(bins())
+    assert len(peer) == 60 and all(len(r["input_ids"]) == len(r["labels"]) for r in peer)
+    assert 0 < sum(int((r["labels"] != -100).sum()) for r in peer) < sum(len(r["input_ids"]) for r in peer)
+    source = train.BinSource(bins(), s.rows, s.length, "bench-train", s.vocab)
+    wanted = train.packed_tokens(source, s)
+    run = train.ours(s, 4, train.BinSource(bins(), s.rows, s.length, "bench-train", s.vocab), packed=True)
+    assert run.tokens == pytest.approx(wanted * s.steps, abs=s.steps) and wanted > 0.8 * s.rows * s.length
+
+
+def test_the_peer_is_as_large_as_our_plain_net(train: Any) -> None:
+    s = setting(train, preset="nano")
+    ours = sum(p.numel() for p in train.Decoder(train.preset("nano", 1024, streams=1)).parameters())
+    theirs = train.llama(s)
+    assert sum(p.numel() for p in theirs.parameters()) == pytest.approx(ours, rel=0.01)
+    assert train.flops_per_token(s) == pytest.approx(6 * (ours - 160 * 1024) + 6 * 6 * 160 * 32, rel=1e-3)
+
+
+def test_training_ratios_are_of_equal_rounds(train: Any) -> None:
+    left, right = [train.Run(1.0, 300), train.Run(2.0, 400)], [train.Run(1.0, 100), train.Run(1.0, 100)]
+    assert train.ratio(left, right) == {"ratio": 2.5, "range": [2.0, 3.0], "rounds": 2}
+
+
+def test_the_arms_of_the_mhc_study_have_as_many_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = script("study_mhc", monkeypatch)
+    nets = {arm: study.Decoder(study.shape(arm, 1024)) for arm in study.ARMS}
+    sizes = {arm: sum(p.numel() for p in net.parameters()) for arm, net in nets.items()}
+    assert max(sizes.values()) - min(sizes.values()) < 0.001 * sizes["plain"]
+    skip = study.Skip(nets["skip"].config)
+    with torch.no_grad():
+        for name, p in nets["skip"].named_parameters():
+            if name.endswith("out.weight"):
+                p.normal_(std=0.1, generator=study.seeds.torch_generator("study", name))
+    ids = torch.arange(20)[None]
+    plain = nets["skip"](ids, want_states=True)
+    assert torch.equal(nets["skip"](ids, steer=skip).logits, plain.logits)  # it begins as the plain net
+    skip.factor.data.fill_(0.5)
+    wanted = plain.states[3] + 0.5 * plain.states[1]
+    found = nets["skip"](ids, want_states=True, steer=skip)
+    assert torch.allclose(found.states[3], wanted, atol=1e-5)
+    found.logits.sum().backward()
+    assert skip.factor.grad.abs().min() > 0
+
+
+def test_the_mhc_study_pairs_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = script("study_mhc", monkeypatch)
+    runs = {f"mhc-{s}": {"loss": 1.0 + 0.1 * s} for s in range(3)} | {
+        f"plain-{s}": {"loss": loss} for s, loss in enumerate((1.1, 1.3, 1.5, 9.0))
+    }
+    found = study.compared(runs, "mhc", "plain")
+    assert found["gaps"] == pytest.approx([-0.1, -0.2, -0.3])  # seed 3 has no partner
+    assert found["mean"] == pytest.approx(-0.2)
+    half = 4.303 * 0.1 / 3**0.5
+    assert found["ci"] == pytest.approx([-0.2 - half, -0.2 + half])
+    assert found["p"] == pytest.approx(0.0742, abs=1e-4)  # t = 3.464 with two degrees of freedom
+    assert study.summary(runs)["loss"]["plain"] == pytest.approx(3.225)
