@@ -21,7 +21,7 @@ import torch
 
 from gnomon.base import checkpoint
 from gnomon.base.errors import CheckpointError
-from gnomon.recipes import pretrain_run
+from gnomon.recipes import pretrain_run, pretraining
 from gnomon.recipes.pretrain_config import resolve, resume_point, settle
 
 
@@ -30,7 +30,7 @@ def train(folder: Path, data: Path, tiny: dict[str, Any]) -> None:
     config, changed = settle(found.values(), resolve(None, tiny, found.values())[0]) if found.path else (
         resolve(None, tiny)[0], []
     )  # fmt: skip
-    start = pretrain_run.start_at(found.path, changed, found.skipped)
+    start = pretraining.start_at(found.path, changed, found.skipped)
     pretrain_run.run(config, folder, data=data, start=start)
 
 

@@ -21,7 +21,7 @@ from gnomon.base.errors import DataError, DiskFullError, RunBusyError
 from gnomon.base.stopping import StopSignals
 from gnomon.base.telemetry import MemorySink
 from gnomon.model.folder import load_decoder
-from gnomon.recipes import pretrain_run
+from gnomon.recipes import pretrain_run, pretraining
 from gnomon.recipes.pretrain_config import PretrainRunConfig, resolve, resume_point, settle
 from gnomon.training.loop import DivergedError, OutOfMemory
 
@@ -65,7 +65,7 @@ class Spoiler:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
         self.calls: list[int] = []
         self.numbers: list[int] = []
-        plain, step = pretrain_run.step_losses, pretrain_run.Pretraining.losses
+        plain, step = pretraining.step_losses, pretraining.Pretraining.losses
 
         def numbered(trainee: Any, number: int) -> Any:
             self.numbers.append(number)
@@ -75,8 +75,8 @@ class Spoiler:
             for loss, parts in plain(*args):
                 yield spoil(self.numbers[-1], loss), parts
 
-        monkeypatch.setattr(pretrain_run, "step_losses", spoilt)
-        monkeypatch.setattr(pretrain_run.Pretraining, "losses", numbered)
+        monkeypatch.setattr(pretraining, "step_losses", spoilt)
+        monkeypatch.setattr(pretraining.Pretraining, "losses", numbered)
 
 
 # --- losses that are not finite --------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_a_run_goes_on_bit_for_bit_behind_a_roll_back(
     pretrain_run.run(config(), tmp_path / "straight", data=data)
     pretrain_run.run(config(), tmp_path / "halved", data=data, stop=lambda step: step == 7)
     _, found = resume_point("auto", tmp_path / "halved")
-    pretrain_run.run(config(), tmp_path / "halved", data=data, start=pretrain_run.start_at(found.path))
+    pretrain_run.run(config(), tmp_path / "halved", data=data, start=pretraining.start_at(found.path))
     ours, straight = rows(tmp_path / "halved"), rows(tmp_path / "straight")
     assert [r["train/loss"] for r in ours] == [r["train/loss"] for r in straight]
     assert [r["train/lr"] for r in ours] == [r["train/lr"] for r in straight]
@@ -156,13 +156,13 @@ def test_spoilt_weights_are_never_saved(data: Path, tmp_path: Path, monkeypatch:
         return False
 
     holder: list[Any] = []
-    begin = pretrain_run.Pretraining.__init__
+    begin = pretraining.Pretraining.__init__
 
     def remember(trainee: Any, *args: Any) -> None:
         begin(trainee, *args)
         holder.append(trainee)
 
-    monkeypatch.setattr(pretrain_run.Pretraining, "__init__", remember)
+    monkeypatch.setattr(pretraining.Pretraining, "__init__", remember)
     sink = MemorySink()
     facts = pretrain_run.run(config(), tmp_path, data=data, stop=spoil, sinks=[sink])
     assert facts["step"] == 8 and facts["roll_backs"] == 1
@@ -185,14 +185,14 @@ def test_a_micro_batch_that_does_not_fit_is_halved_once(
         if len(ids) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    plain = pretrain_run.Objective.forward
+    plain = pretraining.Objective.forward
 
     def small(most: int) -> None:
         def forward(objective: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
             short(ids, most)
             return plain(objective, ids, *rest)
 
-        monkeypatch.setattr(pretrain_run.Objective, "forward", forward)
+        monkeypatch.setattr(pretraining.Objective, "forward", forward)
 
     small(2)
     sink = MemorySink()
@@ -221,14 +221,14 @@ def test_a_micro_batch_that_does_not_fit_is_halved_once(
 def test_a_full_disk_ends_the_run_with_the_old_checkpoints_whole(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = pretrain_run.save_state
+    plain = pretraining.save_state
 
     def full(folder: Path, states: Any, facts: Any) -> None:
         if facts["step"] >= 6:
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(folder, states, facts)
 
-    monkeypatch.setattr(pretrain_run, "save_state", full)
+    monkeypatch.setattr(pretraining, "save_state", full)
     with pytest.raises(DiskFullError) as caught:
         pretrain_run.run(config(), tmp_path, data=data)
     assert caught.value.exit_code == 28
@@ -305,11 +305,11 @@ def test_sigterm_in_every_phase(phase: str, data: Path, tmp_path: Path, monkeypa
         folder = None  # made in the run
         before(pretrain_run, "tokenizer_for" if phase == "tokenizer" else "prepare")
     elif phase == "loading":
-        before(pretrain_run.Pretraining, "_model")
+        before(pretraining.Pretraining, "_model")
     elif phase == "check":
-        before(pretrain_run, "logic_check")
+        before(pretraining, "logic_check")
     elif phase == "save":
-        before(pretrain_run, "save_decoder")
+        before(pretraining, "save_decoder")
     elif phase == "step":
         stop = lambda step: bool(step == 3 and shot())  # noqa: E731
     else:
@@ -398,7 +398,7 @@ def test_a_commanded_rate_survives_a_resume_and_a_new_one_wins(data: Path, tmp_p
     def again(stop_at: int, **changes: Any) -> float:
         _, found = resume_point("auto", tmp_path)
         new, changed = settle(found.values(), resolve(None, changes, found.values())[0])
-        start = pretrain_run.start_at(found.path, changed)
+        start = pretraining.start_at(found.path, changed)
         pretrain_run.run(new, tmp_path, data=data, start=start, stop=lambda step: step == stop_at)
         return float(rows(tmp_path)[-1]["train/lr"])
 

@@ -17,7 +17,7 @@ from gnomon.base import config as configs
 from gnomon.base.errors import CheckpointError, ConfigError, UnknownNameError
 from gnomon.base.telemetry import MemorySink
 from gnomon.model.folder import load_decoder
-from gnomon.recipes import pretrain_run
+from gnomon.recipes import pretrain_run, pretraining
 from gnomon.recipes.pretrain import mixture_of
 from gnomon.recipes.pretrain_config import PretrainRunConfig, resolve, resume_point, settle
 
@@ -65,7 +65,7 @@ def resume(
     assert place == folder
     config, _ = resolve(None, overrides, found.values())
     config, changed = settle(found.values(), config)
-    start = pretrain_run.start_at(found.path, changed, found.skipped)
+    start = pretraining.start_at(found.path, changed, found.skipped)
     return pretrain_run.run(config, folder, data=data, start=start, sinks=[sink] if sink else [])
 
 
@@ -76,7 +76,7 @@ def test_a_run_leaves_what_a_run_folder_holds(straight: Path) -> None:
     assert "eval/logic_accuracy" in rows(straight)[-1] and "eval/logic_accuracy" not in rows(straight)[0]
     assert json.loads((straight / "status.json").read_text())["state"] == "done"
     samples = [json.loads(x) for x in (straight / "samples" / "step-6.jsonl").read_text().splitlines()]
-    assert len(samples) == pretrain_run.CHECK_PUZZLES and {s["task"] for s in samples} == {"knights"}
+    assert len(samples) == pretraining.CHECK_PUZZLES and {s["task"] for s in samples} == {"knights"}
     assert checkpoint.steps(straight / "checkpoints") == [3, 6]
     assert (straight / "checkpoints" / "latest").read_text().strip() == "checkpoint-6"
 

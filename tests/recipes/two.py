@@ -12,7 +12,7 @@ import torch
 from gnomon.base import seeds
 from gnomon.data.corpus import BinSource, StepData
 from gnomon.model.decoder import Decoder
-from gnomon.recipes import pretrain_run
+from gnomon.recipes import pretrain_run, pretraining
 from gnomon.recipes.pretrain import Objective, step_losses
 from gnomon.recipes.pretrain_config import resolve, resume_point, settle
 from gnomon.training import optim
@@ -30,7 +30,7 @@ def fresh(vocab: int, config: Any) -> Decoder:
 
 def gradients(data: StepData, decoder: Decoder, team: Team, mode: Any, micro: int | None) -> dict[str, torch.Tensor]:
     parallel = Parallel(Objective(decoder, "fp32"), decoder.blocks, team, mode)
-    for loss, _ in step_losses(data, parallel.network, parallel, micro):
+    for loss, _ in step_losses(data, parallel, micro):
         (loss * parallel.factor).backward()
     return {name: whole(p.grad) for name, p in decoder.named_parameters() if p.grad is not None}
 
@@ -39,7 +39,7 @@ def after_steps(source: BinSource, decoder: Decoder, team: Team, mode: Any, conf
     parallel = Parallel(Objective(decoder, "fp32"), decoder.blocks, team, mode)
     optimizers = optim.build(decoder, config.optim)
     fit(
-        lambda step: step_losses(source.step(step), parallel.network, parallel),
+        lambda step: step_losses(source.step(step), parallel),
         optimizers, 3, team=team, factor=parallel.factor,
     )  # fmt: skip
     return state_of(decoder)
@@ -73,7 +73,7 @@ def main(out: Path, data: Path, tiny: dict[str, Any]) -> None:
         # a run of one process goes on in two, sharded, and the other way round
         place, found = resume_point("auto", out / "run")
         settled, changed = settle(found.values(), resolve(None, {"steps": 6, "parallel": "fsdp"}, found.values())[0])
-        start = pretrain_run.start_at(found.path, changed)
+        start = pretraining.start_at(found.path, changed)
         assert place is not None
         facts["run"] = pretrain_run.run(settled, place, start=start, team=team)
         stopping = {**tiny, "steps": 50, "save_every": 50}

@@ -106,13 +106,20 @@ def write_bin(folder: Path, split: str, records: Iterable[Encoded], meta: dict[s
 
 @dataclass(frozen=True)
 class Batch:
-    """R packed rows: ids, targets (-100 = no loss), positions int64 [R, T]; mask bool [R, 1, T, T]."""
+    """R packed rows: ids, targets (-100 = no loss), positions, segments int64 [R, T] (0 = padding, else number of the
+    record in its row). A record begins wherever a position is 0."""
 
     ids: Tensor
     targets: Tensor
     positions: Tensor
-    mask: Tensor
+    segments: Tensor
     tokens: int
+
+    @property
+    def mask(self) -> Tensor:
+        """Who sees whom, bool [R, 1, T, T]: every record itself alone, causally; padding sees padding."""
+        same = self.segments[:, :, None] == self.segments[:, None, :]
+        return (same & torch.ones(same.shape[1:], dtype=torch.bool).tril()).unsqueeze(1)
 
 
 class Bins:
@@ -244,8 +251,8 @@ class BinSource:
         worst = max(int(row.ids.max()) for row in rows)
         if worst >= self.vocab:
             raise DataError(
-                f"{self.bins.folder}/{self.bins.split}.bin holds id {worst} in step {number}, but the vocabulary ends at "
-                f"{self.vocab - 1}: the file was changed; write it again with `gnomon data prepare`."
+                f"{self.bins.folder}/{self.bins.split}.bin holds id {worst} in step {number}, but the vocabulary ends "
+                f"at {self.vocab - 1}: the file was changed; write it again with `gnomon data prepare`."
             )
         return StepData(rows, self.length)
 
@@ -262,7 +269,7 @@ def collate(rows: Sequence[PackedRow], length: int) -> Batch:
     ids = np.zeros(shape, dtype=np.int64)
     targets = np.full(shape, -100, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
-    segments = np.zeros(shape, dtype=np.int64)  # 0 = padding, which sees only padding
+    segments = np.zeros(shape, dtype=np.int64)
     for r, row in enumerate(rows):
         n = len(row.ids)
         ids[r, :n] = row.ids
@@ -273,13 +280,10 @@ def collate(rows: Sequence[PackedRow], length: int) -> Batch:
             segments[r, at : at + size] = number
             targets[r, at + size - 1] = -100  # the next id belongs to another record
             at += size
-    seg = torch.from_numpy(segments)
-    same = seg[:, :, None] == seg[:, None, :]
-    mask = (same & torch.ones(length, length, dtype=torch.bool).tril()).unsqueeze(1)
     return Batch(
         ids=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),
         positions=torch.from_numpy(positions),
-        mask=mask,
+        segments=torch.from_numpy(segments),
         tokens=int((segments > 0).sum()),
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gnomon.base import seeds
 from gnomon.base.atomic import write_atomic
-from gnomon.base.checkpoint import load_tensors, save_tensors
+from gnomon.base.checkpoint import load_tensors, save_tensors, tensor_names
 from gnomon.base.errors import ModelError
 from gnomon.model.decoder import Decoder, DecoderConfig
 
@@ -42,7 +42,8 @@ def save_decoder(
 ) -> None:
     """Write config.json and model.safetensors; the ids are those of the tokenizer that the decoder was trained with.
 
-    state: weights to write in place of the decoder's own (gathered from several processes, or averaged). matrices: storage of every matrix that is not an mHC parameter. Raises CheckpointError for NaN or infinite weights.
+    state: weights to write in place of the decoder's own (gathered from several processes, or averaged).
+    matrices: storage of every matrix that is not an mHC parameter. Raises CheckpointError for NaN or infinite weights.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,17 @@ def load_decoder(folder: str | Path) -> Decoder:
     _check_names(place, decoder.state_dict(), tensors)
     decoder.load_state_dict({name.removeprefix(PREFIX): value.float() for name, value in tensors.items()})
     return decoder.eval()
+
+
+def check_decoder(folder: str | Path) -> None:
+    """Raise ModelError or CheckpointError unless `folder` has the tensors of its config.json; reads no values."""
+    place = Path(folder)
+    with torch.device("meta"), seeds.undisturbed():
+        decoder = Decoder(read_config(place))
+    found = tensor_names(place, WEIGHTS)
+    _check_names(
+        place, decoder.state_dict(), {name: torch.empty(shape, device="meta") for name, shape in found.items()}
+    )
 
 
 def read_config(folder: str | Path) -> DecoderConfig:

@@ -56,6 +56,7 @@ def usable(x: Tensor) -> bool:
     """Whether gradients are wanted of a pass that this file can make: float32 streams on a CPU."""
     return (
         x.device.type == "cpu"
+        and type(x) is Tensor  # no fake one, whose memory is not there
         and x.dtype == torch.float32
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gnomon.base import seeds
 from gnomon.base.errors import DataError
 from gnomon.data import tokenizer as tokenizers
-from gnomon.data.corpus import Bins, BinSource, StepData, collate, write_bin
+from gnomon.data.corpus import Batch, Bins, BinSource, StepData, collate, write_bin
 from gnomon.data.encode import Encoded, encode_record
 from gnomon.data.tokenizer import Tokenizer
 from gnomon.model.decoder import Decoder
@@ -30,6 +30,7 @@ from gnomon.training import optim
 from gnomon.training.loop import Loss, fit
 from gnomon.training.optim import OptimConfig
 from gnomon.training.parallel import Parallel
+from gnomon.training.token_loss import token_loss
 
 CHUNK = 2_000
 
@@ -175,31 +176,41 @@ class PretrainConfig(BaseModel):
 
 
 class Objective(nn.Module):
-    """Summed cross-entropy of the trained targets of packed rows, as one module, so that it can be sharded or compiled.
+    """Summed cross-entropy of the trained targets of packed rows, as one module, so that it can be sharded.
 
-    precision: bf16 = matrix products in bfloat16 under autocast, weights and optimiser in float32.
+    precision: bf16 = matrix products in bfloat16 under autocast, weights and optimiser in float32. compile: the decoder
+    goes through torch.compile. shaped: nothing depends on values, so that memory can be counted on fake tensors.
     """
 
-    def __init__(self, decoder: Decoder, precision: Literal["bf16", "fp32"]) -> None:
+    def __init__(
+        self, decoder: Decoder, precision: Literal["bf16", "fp32"], compile: bool = False, shaped: bool = False
+    ) -> None:
         super().__init__()
-        self.decoder, self.low = decoder, precision == "bf16"
+        self.decoder, self.low, self.shaped = decoder, precision == "bf16", shaped
+        self._compiled = [torch.compile(decoder)] if compile else [decoder]  # in a list: its weights have one name
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
-        """ids, positions, targets int64 [R, T] (-100 = not trained), mask bool [R, 1, T, T] -> scalar."""
+    def forward(self, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        """ids, positions, targets int64 [R, T] as in `corpus.Batch` -> scalar."""
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.low):
-            logits = self.decoder(ids, positions, mask).logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+            if self.shaped:
+                length = ids.shape[1]
+                mask = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+                logits = self.decoder(ids, positions, mask.expand(len(ids), 1, -1, -1)).logits
+                return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            hidden = self._compiled[0](ids, positions, "records", logits="none").hidden
+            return token_loss(hidden, self.decoder.unembed.weight, targets)[0]
 
 
 def step_losses(
     data: StepData,
-    objective: Callable[..., Tensor],
     parallel: Parallel,
     micro_rows: int | None = None,
     waited: float = 0.0,
+    batch: Batch | None = None,
 ) -> Iterator[Loss]:
     """Micro-batches of this process's rows of a step; their losses sum to the mean over the whole step's targets,
-    however many processes and micro-batches there are. waited: seconds that the data took to come.
+    however many processes and micro-batches there are. waited: seconds that the data took to come. batch: the rows of
+    this process, collated already.
 
     Raises DataError for a step in which nothing is trained.
     """
@@ -210,11 +221,11 @@ def step_losses(
     size = micro_rows or len(rows)
     for first in range(0, len(rows), size):
         began = time.monotonic()
-        batch = collate(rows[first : first + size], data.length)
-        inputs = [x.to(team.device, non_blocking=True) for x in (batch.ids, batch.positions, batch.mask, batch.targets)]
+        part = batch if batch and size >= len(rows) else collate(rows[first : first + size], data.length)
+        inputs = [x.to(team.device, non_blocking=True) for x in (part.ids, part.positions, part.targets)]
         waited += time.monotonic() - began
         with parallel.micro(last=first + size >= len(rows)):
-            yield objective(*inputs) / total, {"tokens": float(batch.tokens), "data/wait": waited}
+            yield parallel.network(*inputs) / total, {"tokens": float(part.tokens), "data/wait": waited}
         waited = 0.0
 
 
@@ -233,10 +244,9 @@ def pretrain(
     """
     source = BinSource(bins, config.rows, config.row_length, config.seed, model.config.vocab_size)
     optimizers = optimizers or optim.build(model, config.optim)
-    parallel = Parallel(Objective(model, config.precision))
-    network = torch.compile(parallel.network) if config.compile else parallel.network
+    parallel = Parallel(Objective(model, config.precision, config.compile))
     return fit(
-        lambda step: step_losses(source.step(step), network, parallel),
+        lambda step: step_losses(source.step(step), parallel),
         optimizers,
         config.steps,
         schedule=lambda f: optim.schedule(config.optim, f),

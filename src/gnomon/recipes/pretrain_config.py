@@ -15,6 +15,8 @@ from gnomon.base import checkpoint
 from gnomon.base import config as configs
 from gnomon.base.config import Config
 from gnomon.base.errors import CheckpointError, ConfigError, unknown
+from gnomon.base.trackers import check_names
+from gnomon.data.stream import TextConfig
 from gnomon.model.decoder import PRESETS
 from gnomon.model.decoder import preset as preset_of
 from gnomon.recipes.pretrain import CorpusConfig, PretrainConfig
@@ -70,6 +72,8 @@ class PretrainRunConfig(Config):
     model at once, None = all of a process; the step stays the same. ema: rate of a moving average of the weights
     (0 = none), saved in checkpoint-N/ema. device: auto, cpu or cuda. parallel: under torchrun, ddp or fsdp (FSDP2).
     tokenizer: folder of a tokenizer to use instead of the shipped one.
+    track: tensorboard, wandb (offline), trackio; metrics.jsonl is always there. text: learn from text instead of, or
+    mixed with, the built-in tasks; rows are then as long as text.max_len says.
     init: "nano" or the folder of an own model whose weights the run starts from (with fresh optimisers).
     """
 
@@ -82,6 +86,7 @@ class PretrainRunConfig(Config):
     seed: str = Field(default="pretrain", coerce_numbers_to_str=True)
     optim: OptimConfig = OptimConfig()
     corpus: CorpusConfig = CorpusConfig()
+    text: TextConfig = TextConfig()
     save_every: int = Field(default=1000, ge=1)
     eval_every: int = Field(default=100, ge=1)
     keep: int = Field(default=3, ge=2)
@@ -91,10 +96,18 @@ class PretrainRunConfig(Config):
     ema: float = Field(default=0.0, ge=0, lt=1)
     device: str = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    track: tuple[str, ...] = ()
     workers: int = Field(default=2, ge=1)
     vocab_size: int = Field(default=1024, ge=512)
     tokenizer: str | None = None
     init: str | None = None
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        names = tuple(n.strip() for n in value.split(",") if n.strip()) if isinstance(value, str) else value
+        check_names(names)
+        return names
 
     @field_validator("corpus", mode="before")
     @classmethod
@@ -228,7 +241,9 @@ class Found:
 
 
 def _newest(folder: Path) -> Found:
-    found = checkpoint.newest(folder / "checkpoints")
+    from gnomon.recipes.pretraining import resumable
+
+    found = checkpoint.newest(folder / "checkpoints", check=resumable)
     return Found(found.path, found.skipped)
 
 

@@ -9,62 +9,36 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import torch
-
-from gnomon.base import checkpoint, seeds
-from gnomon.base.disk import sweep
-from gnomon.base.errors import CheckpointError, ConfigError, DataError
+from gnomon.base import seeds
+from gnomon.base.control import ControlReader
+from gnomon.base.disk import prune, sweep
+from gnomon.base.errors import ConfigError, DataError
 from gnomon.base.lock import RunLock
 from gnomon.base.runs import Run, open_run
 from gnomon.base.stopping import StopRequested, StopSignals
 from gnomon.base.telemetry import Sink
-from gnomon.data.corpus import Bins, BinSource, Source
+from gnomon.data.corpus import Bins, BinSource, Source, collate
+from gnomon.data.encode import Encoded
+from gnomon.data.prefetch import Prefetch
+from gnomon.data.stream import text_source
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
-from gnomon.model.decoder import Decoder, DecoderConfig, preset
-from gnomon.model.folder import load_decoder, save_decoder
+from gnomon.model.decoder import Decoder, preset
+from gnomon.model.device import resolve
 from gnomon.reasoner import shipped
-from gnomon.recipes.logic_check import logic_check
-from gnomon.recipes.pretrain import CorpusConfig, Objective, mixture_of, prepare, step_losses, train_tokenizer
+from gnomon.recipes.pretrain import CorpusConfig, Objective, mixture_of, prepare, record, train_tokenizer
 from gnomon.recipes.pretrain_config import CORPUS, PretrainRunConfig, data_folder
+from gnomon.recipes.pretraining import Pretraining, Start
+from gnomon.training import estimate as estimates
 from gnomon.training import optim
-from gnomon.training.ema import Ema
-from gnomon.training.loop import Loss
-from gnomon.training.parallel import Parallel, part_like, state_of, whole
 from gnomon.training.runtime import Position, Runtime
-from gnomon.training.state import gather_state, load_state, read_facts, save_state
 from gnomon.training.team import ALONE, Team
 
-EMA: Final = "ema"  # folder in a checkpoint
-CHECK_PUZZLES: Final = 8
 Progress = Callable[[str, int], Callable[..., object]]
-
-
-@dataclass
-class Start:
-    """Where a run begins: at its start, or behind a checkpoint. changed: fields that differ, with their effect."""
-
-    checkpoint: Path | None = None
-    changed: Sequence[str] = ()
-    skipped: Sequence[tuple[str, str]] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def step(self) -> int:
-        return int(self.facts.get("step", 0))
-
-
-def start_at(path: str | Path | None, changed: Sequence[str] = (), skipped: Sequence[tuple[str, str]] = ()) -> Start:
-    """A Start behind the checkpoint folder `path` (None = from nothing). Raises CheckpointError when it is unusable."""
-    if path is None:
-        return Start()
-    checkpoint.verify_folder(Path(path))
-    return Start(Path(path), changed, skipped, read_facts(Path(path)))
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -157,14 +131,23 @@ def run(
         raise ConfigError(f"{team.size} processes cannot share rows = {config.rows} evenly; make rows a multiple")
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
-        opened = None
+        opened = commands = None
         if team.leader:
             stack.enter_context(RunLock(folder))
+            commands = ControlReader(folder)  # from here on they are heard, whatever else is being done
+            sweep(folder)
             sweep(folder / "checkpoints")
+            prune(
+                folder / "checkpoints",
+                config.keep,
+                config.keep_every,
+                protect=[start.checkpoint] if start.checkpoint else [],
+            )
             opened = open_run(folder, config, origins, seed=config.seed)
             opened.events.sinks.extend(sinks)
+            opened.track(config.track, config.model_dump(mode="json"), start.step)
         try:
-            facts = _run(config, folder, data, start, opened, progress, stop, team, signals)
+            facts = _run(config, folder, data, start, opened, commands, progress, stop, team, signals)
         except StopRequested:
             facts = {"step": start.step, "steps": config.steps, "stopped": True, "loss": None, "checkpoint": None}
         except BaseException as error:
@@ -183,6 +166,7 @@ def _run(
     data: Path | None,
     start: Start,
     opened: Run | None,
+    commands: ControlReader | None,
     progress: Progress | None,
     stop: Callable[[int], bool] | None,
     team: Team,
@@ -196,8 +180,13 @@ def _run(
         emit("checkpoint/skipped", level="warning", name=name, why=why)
     if opened:
         opened.status("running", stage="data", total=config.steps, step=start.step)
-    place = data or _data_of(start) or data_folder(folder, config.corpus, start.changed)
-    tok, source, facts = _data(config, place, progress, team, signals)
+    if config.text.given:
+        tok, plain, facts = _text(config, folder, start.checkpoint, team)
+    else:
+        place = data or _data_of(start) or data_folder(folder, config.corpus, start.changed)
+        tok, plain, facts = _data(config, place, progress, team, signals)
+    stopper = (lambda: signals.requested) if team.size == 1 else None
+    source = Prefetch(plain, start.step, prepare=lambda d: collate(team.share(d.rows), d.length), stop=stopper)
     if opened:
         opened.write_json("data.json", facts)
     emit("data/ready", **facts)
@@ -214,13 +203,13 @@ def _run(
     if opened:
         opened.rewind(start.step)
         opened.status("running", stage="train")
-    emit("model/ready", preset=config.model.preset, parameters=trainee.parameters, processes=team.size,
-         device=str(team.device))  # fmt: skip
+    shape = {"preset": config.model.preset, "parameters": trainee.parameters}
+    emit("model/ready", **shape, processes=team.size, device=str(team.device))
     if start.step >= config.steps:
         emit("train/nothing", step=start.step, steps=config.steps)
     left = config.steps - start.step
     count = progress("train", left) if progress and left else None
-    runtime = Runtime(trainee, config.pace(), position, opened, signals, team, count, start.checkpoint)
+    runtime = Runtime(trainee, config.pace(), position, opened, commands, signals, team, count, start.checkpoint)
     try:
         done = runtime.train(stop)
     finally:
@@ -261,195 +250,55 @@ def _data(
     tok = Tokenizer.load(place)
     bins = Bins(place, config.corpus.split)
     source = BinSource(bins, config.rows, config.row_length, config.seed, tok.vocab_size)
-    facts = {
-        "folder": str(place.resolve()),
-        "fingerprint": fingerprint(source, tok),
-        "tokenizer": origin,
-        "records": len(bins),
-        "tokens": bins.tokens,
-    }
-    return tok, source, facts
+    facts = {"folder": str(place.resolve()), "tokenizer": origin, "records": len(bins), "tokens": bins.tokens}
+    return tok, source, {**facts, "fingerprint": fingerprint(source, tok)}
 
 
-class Pretraining:
-    """A decoder on a source of packed rows, as `Runtime` wants it."""
+def _text(
+    config: PretrainRunConfig, folder: Path, origin_of: Path | None, team: Team
+) -> tuple[Tokenizer, Source, dict[str, Any]]:
+    """Tokenizer and source of a run on text; nothing is written but the rows that are refused."""
+    tok, origin = tokenizer_for(origin_of or folder / "data", config)
+    mixture = mixture_of(config.corpus)
 
-    def __init__(
-        self, config: PretrainRunConfig, tok: Tokenizer, source: Source, start: Start, team: Team,
-        data: Mapping[str, Any], run: Run | None,
-    ) -> None:  # fmt: skip
-        self.config, self.tok, self.source, self.team, self.data, self.run = config, tok, source, team, data, run
-        self.model = self._model(start.checkpoint).to(team.device).train()
-        self.model.checkpointing = config.gradient_checkpointing
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.parallel = Parallel(Objective(self.model, config.precision), self.model.blocks, team, config.parallel)
-        self.network = torch.compile(self.parallel.network) if config.compile else self.parallel.network
-        self.factor = self.parallel.factor
-        self.micro = config.micro_rows
-        self.average = Ema(self.model, config.ema) if config.ema else None
-        self.optimizers = optim.build(self.model, config.optim)
-        self.cursor: Mapping[str, Any] = {}
-        if start.checkpoint:
-            self._take_back(start.checkpoint, start.step + int(start.facts.get("passed_over", 0)))
+    def task(index: int) -> Encoded:
+        return record(tok, mixture, config.corpus, index)
 
-    # --- as a Trainee ------------------------------------------------------------------------------------------------
-
-    def losses(self, number: int) -> Iterator[Loss]:
-        began = time.monotonic()
-        data = self.source.step(number)
-        self.cursor = data.cursor
-        return step_losses(data, self.network, self.parallel, self.micro, time.monotonic() - began)
-
-    def rate(self, fraction: float) -> float:
-        return optim.schedule(self.config.optim, fraction)
-
-    def headline_rate(self) -> float:
-        return self.config.optim.lr
-
-    def stepped(self) -> None:
-        if self.average:
-            self.average.update()
-
-    def smaller(self) -> bool:
-        rows = self.micro or self.config.rows
-        if rows == 1 or (self.config.micro_rows or self.config.rows) != rows:
-            return False  # once is enough: a second time something else is wrong
-        self.micro = -(-rows // 2)
-        return True
-
-    def check(self, step: int, budget: int | None, stop: Callable[[], bool]) -> dict[str, float]:
-        """Some logic puzzles, answered by the model as it stands; outputs go to samples/ and to the events."""
-        state = state_of(self.model) if self.parallel.sharded else None
-        if self.run is None:
-            return {}
-        model = self.model if state is None else _unsharded(self.model, state)
-        corpus = self.config.corpus
-        averaged = self.average.applied() if self.average and state is None else contextlib.nullcontext()
-        with averaged:
-            found = logic_check(model, self.tok, corpus.tasks, corpus.levels, CHECK_PUZZLES, budget, stop)
-        if not found:
-            return {}
-        lines = "".join(json.dumps(f, ensure_ascii=False) + "\n" for f in found)
-        (self.run.folder / "samples" / f"step-{step}.jsonl").write_text(lines, encoding="utf-8")
-        right, used = sum(f["correct"] for f in found), sum(f["used"] for f in found)
-        self.run.events.emit("eval/logic", step=step, correct=right, n=len(found))
-        for sample in found[:3]:
-            self.run.events.emit("eval/sample", step=step, sample=sample)
-        return {"eval/logic_accuracy": right / len(found), "budget/used": used / len(found)}
-
-    def gathered(self) -> dict[str, Any]:
-        average = {} if self.average is None else {n: whole(v) for n, v in self.average.state_dict().items()}
-        return {
-            "model": state_of(self.model),
-            "optimizers": gather_state(self.model, self.optimizers),
-            "average": average,
-        }
-
-    def write(self, folder: Path, gathered: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Hugging Face files, tokenizer, optimiser states; with an average, ema/ is a model folder of its own."""
-        tok = self.tok
-        ids = {"pad": tok.pad, "bos": tok.bos, "eos": tok.eos}
-        save_decoder(folder, self.model, "fp32", state=gathered["model"], **ids)
-        tok.save(folder)
-        if gathered["average"]:
-            save_decoder(folder / EMA, self.model, "fp32", state={**gathered["model"], **gathered["average"]}, **ids)
-            tok.save(folder / EMA)
-        more = {
-            "config": self.config.digest(),
-            "data": self.data["fingerprint"],
-            "data_folder": self.data["folder"],
-            "cursor": dict(self.cursor),
-            "processes": self.team.size,
-        }
-        save_state(folder, gathered["optimizers"], {**facts, **more})
-
-    def restore(self, folder: Path | None, number: int) -> None:
-        place = Start(folder).checkpoint
-        fresh = self._model(place)
-        current = self.model.state_dict()
-        with torch.no_grad():
-            for name, value in fresh.state_dict().items():
-                current[name].copy_(part_like(value, current[name]))
-        if place is None:
-            for optimizer in self.optimizers:
-                optimizer.state.clear()
-            self.average = Ema(self.model, self.config.ema) if self.config.ema else None
-            self.source.seek(number, {})
-        else:
-            self._take_back(place, number)
-
-    def _take_back(self, folder: Path, number: int) -> None:
-        """Optimisers, average and data as they were in a checkpoint."""
-        facts = load_state(folder, self.model, self.optimizers)
-        if self.average and (folder / EMA).is_dir():
-            names = self.average.state_dict()
-            saved = load_decoder(folder / EMA).state_dict()
-            self.average.load_state_dict({n: part_like(saved[n], names[n]) for n in names})
-        self.cursor = facts.get("cursor", {})
-        self.source.seek(number, self.cursor)
-
-    # --- the model ---------------------------------------------------------------------------------------------------
-
-    def _model(self, at: Path | None) -> Decoder:
-        config = self.config
-        if at is None:
-            seeds.seed_torch(config.seed, "init")
-            shape = preset(config.model.preset, self.tok.vocab_size, **config.model.changes())
-            return Decoder(shape) if config.init is None else self._started_from(config.init, shape)
-        if Tokenizer.load(at).model != self.tok.model:
-            raise CheckpointError(
-                f"{at} was trained with another tokenizer than the data in {self.data['folder']}; name its corpus "
-                "with --data"
-            )
-        return load_decoder(at)
-
-    def _started_from(self, init: str, shape: DecoderConfig) -> Decoder:
-        """The weights of another own model. Raises ConfigError where shape or tokenizer are not this run's."""
-        folder = shipped(init) if init == "nano" else Path(init)
-        decoder = load_decoder(folder)
-        if decoder.config != shape:
-            raise ConfigError(f"init {init!r} has the shape {decoder.config}, this run {shape}; name its preset")
-        if Tokenizer.load(folder).model != self.tok.model:
-            raise ConfigError(f"init {init!r} has another tokenizer than the data; prepare it again")
-        if self.run:
-            self.run.events.emit("model/init", folder=str(folder))
-        return decoder
+    quarantine = folder / "quarantine.jsonl" if team.leader else None
+    context = config.model.size("context", 512)
+    marks = json.dumps(config.corpus.model_dump(mode="json"), sort_keys=True)
+    source = text_source(config.text, tok, config.rows, context, config.seed, task, quarantine, marks)
+    facts = {"folder": config.text.dataset or ", ".join(config.text.files), "tokenizer": origin}
+    return tok, source, {**facts, "fingerprint": fingerprint(source, tok)}
 
 
-def _unsharded(model: Decoder, state: Mapping[str, torch.Tensor]) -> Decoder:
-    """A decoder of this process alone with gathered weights."""
-    with seeds.undisturbed():
-        alone = Decoder(model.config)
-    alone.load_state_dict({name: value.cpu() for name, value in state.items()})
-    return alone
+def estimate(config: PretrainRunConfig, folder: Path = Path("."), seconds: float = 10.0) -> dict[str, Any]:
+    """What a run would take on this machine: memory, disk, time, and what of it does not fit; `training.estimate`."""
+    device = resolve(config.device)
+    length = config.text.max_len if config.text.given and isinstance(config.text.max_len, int) else config.row_length
+    shape = preset(config.model.preset, config.vocab_size, **config.model.changes())
 
+    def objective(shaped: bool = False) -> Objective:
+        with seeds.undisturbed():
+            decoder = Decoder(shape)
+        decoder.checkpointing = config.gradient_checkpointing
+        return Objective(decoder, config.precision, shaped=shaped)
 
-def estimate(config: PretrainRunConfig) -> dict[str, Any]:
-    """What a run would take on this machine: a forward pass of one batch is timed and its saved tensors counted."""
-    vocab = config.vocab_size
-    seeds.seed_torch(config.seed, "init")
-    model = Decoder(preset(config.model.preset, vocab, **config.model.changes()))
-    count = sum(p.numel() for p in model.parameters())
-    ids = torch.zeros(config.rows, config.row_length, dtype=torch.long)
-    held: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-        model(ids)
-        began = time.monotonic()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(ids)
-    step = 3.0 * (time.monotonic() - began)  # backward costs about twice the forward pass
-    weights = 4 * count
-    return {
-        "parameters": count,
-        "tokens_per_step": config.rows * config.row_length,
-        "tokens": config.steps * config.rows * config.row_length,
-        "seconds_per_step": round(step, 3),
-        "minutes": round(step * config.steps / 60, 1),
-        "memory_mb": round((weights * 3.5 + sum(held.values())) / 2**20),
-        "checkpoint_mb": round(weights * 2.5 / 2**20, 1),
-    }
+    return estimates.estimate(
+        objective,
+        lambda module: optim.build(module.decoder, config.optim),  # type: ignore[arg-type]
+        rows=config.rows,
+        length=length,
+        vocab=config.vocab_size,
+        steps=config.steps,
+        world=int(os.environ.get("WORLD_SIZE", "1")),
+        parallel=config.parallel,
+        micro_rows=config.micro_rows,
+        blocks=lambda module: module.decoder.blocks,  # type: ignore[union-attr, return-value]
+        average=config.ema > 0,
+        checkpoints=config.keep,
+        shaped=lambda: objective(shaped=True),
+        folder=folder,
+        seconds=seconds,
+        device=device,
+    )

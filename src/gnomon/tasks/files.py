@@ -5,15 +5,13 @@ A record that cannot be used is counted and named by its line number and reason;
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from gnomon.base import seeds
+from gnomon.base import seeds, strict_json
 from gnomon.base.errors import DataError, nearest
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.splits import canonical, check_split, split_of
@@ -42,49 +40,6 @@ class FileReport:
     problems: tuple[Problem, ...]
     rejected: int
     rejects: tuple[Reject, ...]
-
-
-class _Bad(Exception):
-    """The reason why one record is rejected."""
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _Bad(f"key {key!r} appears twice")
-        found[key] = value
-    return found
-
-
-def _no_constant(text: str) -> Any:
-    raise _Bad(f"{text} is not JSON; write a finite number or a string")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise _Bad(f"number {text[:40]} is too large")
-    return value
-
-
-def parse_line(raw: bytes) -> Any:
-    """Strict JSON value of one line: UTF-8, no duplicate keys, no NaN or infinity. Raises DataError."""
-    try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except _Bad as error:
-        raise DataError(str(error)) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 (byte {error.start} of the line)") from None
-    except UnicodeEncodeError:
-        raise DataError("a lone surrogate escape; write the character itself or a full pair") from None
-    except RecursionError:
-        raise DataError("nested too deeply") from None
-    except ValueError as error:
-        raise DataError(f"not JSON: {error}") from None
-    return value
 
 
 def parse_record(value: Any, name: str, index: int) -> Problem:
@@ -153,7 +108,7 @@ def read_file(path: Path) -> FileReport:
                 raise DataError(f"more than {MAX_RECORDS} records")
             if raw is None:
                 raise DataError(f"longer than {MAX_LINE_BYTES} bytes")
-            problem = parse_record(parse_line(raw), name, len(found))
+            problem = parse_record(strict_json.loads(raw), name, len(found))
             key = canonical(problem.prompt)
             if key in found:
                 raise DataError("the same prompt as an earlier record")

@@ -13,7 +13,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -81,12 +81,10 @@ class Traced:
 
 
 def batch(rows: int, length: int, vocab: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-    """(ids, positions, mask, targets) of `rows` packed rows of records of 64 tokens; mask bool [R, 1, T, T]."""
+    """(ids, positions, targets) of `rows` packed rows of records of 64 tokens."""
     at = torch.arange(length, device=device)
     ids = (at * 7919 % vocab).repeat(rows, 1)
-    segments = at // PACKED
-    mask = (segments[:, None] == segments[None, :]) & (at[:, None] >= at[None, :])
-    return ids, (at % PACKED).repeat(rows, 1), mask.expand(rows, 1, length, length).clone(), ids.roll(-1, 1)
+    return ids, (at % PACKED).repeat(rows, 1), ids.roll(-1, 1)
 
 
 def step(network: nn.Module, optimizers: Optimizers, inputs: tuple[Tensor, ...], passes: int = 1) -> None:
@@ -165,16 +163,20 @@ def shared(traced: Traced, world: int, parallel: Literal["ddp", "fsdp"]) -> int:
     return moving + (traced.weights + traced.states) // world + gathered + (traced.block + traced.outside)
 
 
-def timed(
+def tried(
     objective: Callable[[], nn.Module],
     build: Callable[[nn.Module], Optimizers],
     inputs: tuple[Tensor, ...],
     passes: int = 1,
     seconds: float = 10.0,
-) -> float:
-    """Median time of a real optimiser step, in seconds: one to warm up, then as many as fit into `seconds`."""
-    network = objective().to(inputs[0].device).train()
-    optimizers = build(network)
+) -> tuple[float, int]:
+    """(median time of a real optimiser step in seconds, most bytes that lived in one).
+
+    One step to warm up, then as many as fit into `seconds`, then one that is watched.
+    """
+    with Watch() as watch:
+        network = objective().to(inputs[0].device).train()
+        optimizers = build(network)
     took: list[float] = []
     end = time.monotonic() + seconds
     while len(took) < 2 or (time.monotonic() < end and len(took) < 20):
@@ -184,8 +186,13 @@ def timed(
             torch.cuda.synchronize()
         took.append(time.monotonic() - began)
         if took[0] > seconds:
-            return took[0]
-    return statistics.median(took[1:])
+            break
+    held = watch.now + sum(
+        _bytes(v for v in state.values() if isinstance(v, Tensor)) for o in optimizers for state in o.state.values()
+    )
+    with Watch() as watch:
+        step(network, optimizers, inputs, passes)
+    return statistics.median(took[1:] or took), held + watch.peak
 
 
 def estimate(
@@ -200,6 +207,7 @@ def estimate(
     parallel: Literal["ddp", "fsdp"] = "ddp",
     micro_rows: int | None = None,
     blocks: Callable[[nn.Module], Iterable[nn.Module]] = lambda _: (),
+    shaped: Callable[[], nn.Module] | None = None,
     average: bool = False,
     checkpoints: int = 3,
     folder: Path = Path("."),
@@ -208,27 +216,28 @@ def estimate(
 ) -> dict[str, Any]:
     """Memory, disk and time of a run, and what of it does not fit here. Sizes in MB (2^20 bytes).
 
-    objective(): a fresh module; called with (ids, positions, mask, targets) it gives the loss. build(module): its
-    optimisers. blocks(module): what FSDP2 gathers one by one. rows: of a whole step, on all processes together;
+    objective(): a fresh module; called with (ids, positions, targets) it gives the loss. build(module): its optimisers.
+    shaped(): the same where nothing depends on values, for fake tensors, if `objective` is not like that.
+    blocks(module): what FSDP2 gathers one by one. rows: of a whole step, on all processes together;
     micro_rows: that pass at once through one process. average: a moving average of the weights is kept.
     checkpoints: that stay on disk. folder: where they go. seconds: for timing real steps; 0 = count only.
     Sequences of records shorter than `length` count as full. Compiled networks may need less than is said here.
     """
-    mine = -(-rows // world)
-    micro = min(micro_rows or mine, mine)
-    passes = -(-mine // micro)
+    micro, passes = _split(rows, world, micro_rows)
     cuda = torch.device(device).type == "cuda"
     margin, here = (CUDA_MARGIN, 0) if cuda else (MARGIN, psutil.Process().memory_info().rss)
-    traced = trace(objective, build, micro, length, vocab, passes=passes, blocks=blocks, device=device)
-    extra = traced.weights if average else 0
-    tensors = shared(traced, world, parallel) + extra
-    memory = here + LATER + int(tensors * margin)
-    disk = traced.stored + extra
-    whole = disk * (checkpoints + 2)  # one is written before the oldest goes, and room for the last one is held
+    traced = trace(shaped or objective, build, micro, length, vocab, passes=passes, blocks=blocks, device=device)
     free_memory, free_disk = _free(device, folder)
     took = None
     if seconds > 0 and traced.peak * margin < free_memory:
-        took = timed(objective, build, batch(micro, length, vocab, device), passes, seconds)
+        took, peak = tried(objective, build, batch(micro, length, vocab, device), passes, seconds)
+        traced = replace(traced, peak=peak)
+    extra = traced.weights if average else 0
+    tensors = shared(traced, world, parallel) + extra
+    memory = here + LATER + int(tensors * margin)
+    whole = (disk := traced.stored + extra) * (
+        checkpoints + 2
+    )  # one is written before the oldest goes, and room for the last one is held
     need = memory * (1 if cuda else world) - here  # processes on the CPU share its memory
     return {
         "parameters": traced.parameters,
@@ -248,6 +257,13 @@ def estimate(
         "minutes": None if took is None else _digits(took * steps / 60),
         "warnings": _warnings(need, free_memory, whole, free_disk, folder, seconds > 0 and took is None),
     }
+
+
+def _split(rows: int, world: int, micro_rows: int | None) -> tuple[int, int]:
+    """(rows of a pass through one process, passes of a step)."""
+    mine = -(-rows // world)
+    micro = min(micro_rows or mine, mine)
+    return micro, -(-mine // micro)
 
 
 def _warnings(need: int, memory: int, whole: int, disk: int, folder: Path, untimed: bool) -> list[str]:

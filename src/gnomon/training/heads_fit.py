@@ -178,7 +178,7 @@ def fit_heads(
         **{name: result[name] for name in ("steps", "seconds")},
         "best_step": best["step"],
         "parameters": sum(p.numel() for p in heads.parameters()),
-        **{"curve": curve, "telemetry": _gauges(heads, val), "labels": labels.summary()},
+        "curve": curve, "telemetry": _gauges(heads, val), "labels": labels.summary(),
     }
     return heads.cpu(), report
 

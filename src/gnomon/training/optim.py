@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from gnomon.base.errors import ConfigError
-from gnomon.training.muon import Muon
+from gnomon.training.muon import Muon, orthogonalised
+from gnomon.training.parallel import on_whole
 
 
 class OptimConfig(BaseModel):
@@ -62,6 +63,6 @@ def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     rates = {"embed": config.embed_lr, "unembed": config.unembed_lr, "hyper": config.hyper_lr}
     groups = [{"params": params, "lr": rates[kind]} for kind, params in rest.items() if params]
     return [
-        Muon(matrices, lr=config.lr, momentum=config.momentum),
+        Muon(matrices, lr=config.lr, momentum=config.momentum, orthogonalise=on_whole(orthogonalised)),
         torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
     ]

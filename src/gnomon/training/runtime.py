@@ -22,7 +22,8 @@ from gnomon.base.disk import Ballast
 from gnomon.base.errors import CheckpointError, NotFiniteError
 from gnomon.base.folders import size_of
 from gnomon.base.runs import Run, copy_provenance
-from gnomon.base.stopping import StopSignals
+from gnomon.base.stopping import StopRequested, StopSignals
+from gnomon.base.telemetry import live_note
 from gnomon.training.loop import DivergedError, Loss, OutOfMemory, Patience, UnstableError, fit
 from gnomon.training.state import read_facts
 from gnomon.training.team import ALONE, Team
@@ -74,6 +75,7 @@ class Trainee(Protocol):
 
     optimizers: list[torch.optim.Optimizer]
     factor: float
+    counts: Mapping[str, float]  # of the data so far, for the metrics
 
     def losses(self, number: int) -> Iterable[Loss]:
         """Micro-batches of a step on this process; parts: `tokens`, and `data/wait` in seconds."""
@@ -96,6 +98,9 @@ class Trainee(Protocol):
     def write(self, folder: Path, gathered: Any, facts: Mapping[str, Any]) -> None:
         """Everything of a checkpoint; leader only. facts: go into state.json."""
 
+    def check_folder(self, folder: Path) -> None:
+        """Raise CheckpointError or ModelError unless `restore` can take this checkpoint."""
+
     def restore(self, folder: Path | None, number: int) -> None:
         """Back to a checkpoint, or to before the first step; data goes on with step `number`."""
 
@@ -104,7 +109,10 @@ class Trainee(Protocol):
 
 
 class Runtime:
-    """One run of a trainee. run: the leader's open folder, None elsewhere. count(1, note): advances a progress bar."""
+    """One run of a trainee. run, commands: the leader's open folder and its control file, None elsewhere.
+
+    count(1, note): advances a progress bar. source_checkpoint: the one resumed from, which stays.
+    """
 
     def __init__(
         self,
@@ -112,6 +120,7 @@ class Runtime:
         pace: Pace,
         position: Position,
         run: Run | None,
+        commands: ControlReader | None,
         signals: StopSignals,
         team: Team = ALONE,
         count: Callable[..., object] | None = None,
@@ -120,7 +129,7 @@ class Runtime:
         self.trainee, self.pace, self.at, self.run, self.team = trainee, pace, position, run, team
         self.signals, self.count = signals, count
         self.protected = {source_checkpoint.name} if source_checkpoint else set()
-        self.commands = ControlReader(run.folder) if run else None
+        self.commands = commands
         self.ballast = Ballast(run.checkpoints) if run else None
         self.saved_at, self.told_at, self.skipped_before = position.step, 0.0, position.skipped
         self.paused = self.asked_to_stop = False
@@ -144,19 +153,8 @@ class Runtime:
         self.clock = time.monotonic()
         while True:
             try:
-                last = fit(
-                    lambda step: self.trainee.losses(step + self.at.passed_over),
-                    self.trainee.optimizers,
-                    self.pace.steps,
-                    schedule=lambda fraction: self.trainee.rate(fraction) * self.at.lr_scale,
-                    clip=self.pace.clip,
-                    start=self.at.step,
-                    on_step=lambda step, row: self._after(step, row, stop),
-                    on_memory=self._on_memory,
-                    patience=PATIENCE,
-                    team=self.team,
-                    factor=self.trainee.factor,
-                )["last"]
+                with contextlib.suppress(StopRequested):  # a signal, while the next step's data did not come
+                    last = self._fit(stop)
                 if self.at.step > self.saved_at:
                     self.save(last=True)
                 break
@@ -179,6 +177,22 @@ class Runtime:
             "roll_backs": self.at.roll_backs,
         }
 
+    def _fit(self, stop: Callable[[int], bool] | None) -> dict[str, Any]:
+        result = fit(
+            lambda step: self.trainee.losses(step + self.at.passed_over),
+            self.trainee.optimizers,
+            self.pace.steps,
+            schedule=lambda fraction: self.trainee.rate(fraction) * self.at.lr_scale,
+            clip=self.pace.clip,
+            start=self.at.step,
+            on_step=lambda step, row: self._after(step, row, stop),
+            on_memory=self._on_memory,
+            patience=PATIENCE,
+            team=self.team,
+            factor=self.trainee.factor,
+        )
+        return dict(result["last"])
+
     def _after(self, step: int, row: dict[str, Any], stop: Callable[[int], bool] | None) -> bool:
         """Log a step; check and save on schedule; do what was asked."""
         at, pace = self.at, self.pace
@@ -196,6 +210,7 @@ class Runtime:
             "train/tok_per_sec": row["tokens"] / seconds,
             "data/wait_share": wait / seconds,
             **{k: v for k, v in row.items() if "/" in k and k != "data/wait"},
+            **self.trainee.counts,
         }
         if step % pace.eval_every == 0 or step == pace.steps:
             values |= self.trainee.check(step, at.budget, lambda: self.signals.requested)
@@ -205,7 +220,7 @@ class Runtime:
                 self.told_at = now
                 self.run.status("running", step=step, tokens=at.tokens, loss=row["loss"])
         if self.count:
-            self.count(1, f"loss {row['loss']:.3f}  {row['tokens'] / seconds:,.0f} tok/s")
+            self.count(1, live_note(values))
         if step % pace.save_every == 0:
             self.save(last=step == pace.steps)
         ends = self._obey(bool(stop and stop(step)))
@@ -230,7 +245,7 @@ class Runtime:
         found: list[Any] = [None, 0, 0]
         if self.run:
             with contextlib.suppress(CheckpointError):
-                good = checkpoint.newest(self.run.checkpoints)
+                good = checkpoint.newest(self.run.checkpoints, check=self.trainee.check_folder)
                 found = [str(good.path), good.step, read_facts(good.path)["tokens"]]
         place, step, tokens = self.team.tell(found)
         at.passed_over += error.step - step

@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,6 +50,7 @@ def pretrain(
     """
     from gnomon.recipes import pretrain_config as pc
     from gnomon.recipes import pretrain_run as pr
+    from gnomon.recipes.pretraining import start_at
     from gnomon.training.team import joined
 
     flags = ("run", "run-dir", "data", "config", "resume", "runs", "dry-run", "json")
@@ -61,12 +62,12 @@ def pretrain(
     if found.path is not None:
         settled, changed = pc.settle(old, settled)
     if dry_run:
-        _dry_run(settled, json)
+        _dry_run(settled, folder or runs, json)
         return
     with joined(settled.device) as team:
         # One process decides where the run is and what it goes on from: another may see the disk a moment later.
         place = Path(team.tell(str(folder or _new_run("pretrain", settled, runs)) if team.leader else ""))
-        start = pr.start_at(*team.tell([found.path and str(found.path), changed, found.skipped]))
+        start = start_at(*team.tell([found.path and str(found.path), changed, found.skipped]))
         console.on_interrupt(f"go on with: gnomon train pretrain --run {place} --resume auto")
         with console.Stages() as stages:
             facts = pr.run(
@@ -79,8 +80,12 @@ def pretrain(
                 progress=stages if team.leader else None,
                 team=team,
             )
-        if not team.leader:
-            return
+    if team.leader:
+        _tell_pretrained(facts, place, json)
+
+
+def _tell_pretrained(facts: Mapping[str, Any], place: Path, json: bool) -> None:
+    """How a pretraining run ended, and how to go on."""
     if json:
         console.emit_json(facts)
     elif facts["stopped"]:
@@ -91,12 +96,12 @@ def pretrain(
         console.say(f"done: {facts['checkpoint']}")
 
 
-def _dry_run(settled: Any, json: bool) -> None:
+def _dry_run(settled: Any, place: Path, json: bool) -> None:
     """Every value, no `auto` left, and what the run would take."""
     from gnomon.base import config as configs
     from gnomon.recipes.pretrain_run import estimate
 
-    facts = {"config": configs.dump(settled), "estimate": estimate(settled)}
+    facts = {"config": configs.dump(settled), "estimate": estimate(settled, place)}
     if json:
         console.emit_json(facts)
     else:
