@@ -232,8 +232,7 @@ def estimate(
     if seconds > 0 and traced.peak * margin < free_memory:
         took, peak = tried(objective, build, batch(micro, length, vocab, device), passes, seconds)
         traced = replace(traced, peak=peak)
-    extra = traced.weights if average else 0
-    tensors = shared(traced, world, parallel) + extra
+    tensors = shared(traced, world, parallel) + (extra := traced.weights if average else 0)
     memory = here + LATER + int(tensors * margin)
     whole = (disk := traced.stored + extra) * (
         checkpoints + 2
