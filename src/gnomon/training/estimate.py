@@ -227,8 +227,7 @@ def estimate(
     cuda = torch.device(device).type == "cuda"
     margin, here = (CUDA_MARGIN, 0) if cuda else (MARGIN, psutil.Process().memory_info().rss)
     traced = trace(shaped or objective, build, micro, length, vocab, passes=passes, blocks=blocks, device=device)
-    free_memory, free_disk = _free(device, folder)
-    took = None
+    (free_memory, free_disk), took = _free(device, folder), None
     if seconds > 0 and traced.peak * margin < free_memory:
         took, peak = tried(objective, build, batch(micro, length, vocab, device), passes, seconds)
         traced = replace(traced, peak=peak)
