@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from gnomon.base import checkpoint, control
-from gnomon.base.errors import DataError, DiskFullError, RunBusyError
+from gnomon.base import config as configs
+from gnomon.base.errors import ConfigError, DataError, DiskFullError, ModelError, RunBusyError
 from gnomon.base.stopping import StopSignals
 from gnomon.base.telemetry import MemorySink
 from gnomon.model.folder import load_decoder
@@ -100,7 +101,7 @@ def test_three_bad_steps_go_back_past_the_data_at_half_the_rate(
     spoiler = Spoiler(monkeypatch, lambda n, loss: loss * math.nan if n in (3, 4, 5) else loss)
     sink = MemorySink()
     facts = pretrain_run.run(config(), tmp_path, data=data, sinks=[sink])
-    assert (facts["step"], facts["roll_backs"]) == (8, 1)
+    assert (facts["step"], facts["roll_backs"], facts["skipped"]) == (8, 1, 3)
     (told,) = named(sink, "train/rolled_back")
     # steps 4, 5 and 6 (data 3 to 5) were bad; checkpoint-4 came in between, whose weights are those of step 3
     assert (told["bad_step"], told["to_step"], told["passed_over"], told["lr_scale"]) == (6, 4, 2, 0.5)
@@ -171,6 +172,47 @@ def test_spoilt_weights_are_never_saved(data: Path, tmp_path: Path, monkeypatch:
         load_decoder(tmp_path / "checkpoints" / f"checkpoint-{step}")  # refuses NaN
 
 
+def test_an_evaluation_that_fails_or_sees_nan_does_not_end_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Spoiler(monkeypatch, lambda n, loss: loss * math.nan if n in (2, 3, 4) else loss)
+    facts = pretrain_run.run(config(eval_every=1), tmp_path / "a", data=data)
+    assert (facts["step"], facts["roll_backs"]) == (8, 1)
+    monkeypatch.undo()
+
+    def broken(*_: Any) -> Any:
+        raise ModelError("the model gives no finite log-probability")
+
+    monkeypatch.setattr(pretraining, "logic_check", broken)
+    sink = MemorySink()
+    assert pretrain_run.run(config(eval_every=4), tmp_path / "b", data=data, sinks=[sink])["step"] == 8
+    assert [e["step"] for e in named(sink, "eval/failed")] == [4, 8]
+
+
+def test_text_is_passed_over_too(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "".join(json.dumps({"text": f"number {i} and some more words of text {i * 7}"}) + "\n" for i in range(600))
+    (tmp_path / "a.jsonl").write_text(body)
+    seen: list[tuple[int, bytes]] = []
+    plain = pretraining.step_losses
+
+    def spoilt(step: Any, *rest: Any) -> Iterator[Any]:
+        bad = step.rows[0].ids.tobytes() in wanted
+        seen.append((len(seen), step.rows[0].ids.tobytes()))
+        for loss, parts in plain(step, *rest):
+            yield (loss * math.nan if bad else loss), parts
+
+    wanted: set[bytes] = set()
+    values = {"text.files": str(tmp_path / "a.jsonl"), "text.shuffle": 0, "text.max_len": 64, "rows": 2}
+    monkeypatch.setattr(pretraining, "step_losses", spoilt)
+    pretrain_run.run(config(**values), tmp_path / "plain")
+    order = [ids for _, ids in seen]
+    wanted.update(order[3:6])
+    seen.clear()
+    facts = pretrain_run.run(config(**values), tmp_path / "run")
+    assert (facts["step"], facts["roll_backs"], facts["skipped"]) == (8, 1, 3)
+    assert [ids for _, ids in seen][:8] == order and len({ids for _, ids in seen}) == len(seen) == 10
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +280,25 @@ def test_a_full_disk_ends_the_run_with_the_old_checkpoints_whole(
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
 
 
+def test_a_disk_that_is_full_between_checkpoints_still_saves(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gnomon.base.runs import Run
+
+    plain = Run.row
+
+    def full(run: Run, step: int, **values: Any) -> None:
+        if step == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(run, step, **values)
+
+    monkeypatch.setattr(Run, "row", full)
+    with pytest.raises(DiskFullError, match="checkpoint-5 was saved in the space that was held") as caught:
+        pretrain_run.run(config(), tmp_path, data=data)
+    assert caught.value.saved == "checkpoint-5"
+    assert checkpoint.newest(tmp_path / "checkpoints").step == 5
+
+
 def test_two_runs_in_one_folder_are_refused(data: Path, tmp_path: Path) -> None:
     def second(step: int) -> bool:
         with pytest.raises(RunBusyError, match=str(os.getpid())):
@@ -268,6 +329,55 @@ def test_data_that_breaks_while_it_is_read_is_named(harm: str, data: Path, tmp_p
     with pytest.raises(DataError, match=r"became shorter" if harm == "shrinks" else r"holds id 65535 .* vocabulary"):
         pretrain_run.run(config(steps=200), tmp_path / "run", data=mine, stop=break_it)
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").step >= 2
+
+
+def test_records_of_another_mixture_are_not_taken(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain_run.run(config(steps=1), run)
+    pretrain_run.run(config(steps=1, **{"corpus.tasks": "count"}), run)  # the run's own folder: made beside
+    (made,) = run.glob("data-*")
+    assert json.loads((made / "train.json").read_text())["config"]["tasks"] == ["count"]
+    asked, origins = resolve(None, {**TINY, "corpus.tasks": "count"})
+    with pytest.raises(ConfigError, match=r"have tasks = .*chain.*, you ask for .*count.*--corpus.tasks out"):
+        pretrain_run.run(asked, tmp_path / "other", data=data, origins=origins)
+    assert not (tmp_path / "other").exists()
+    pretrain_run.run(config(steps=1, seed="another"), tmp_path / "third", data=data)
+    kept = configs.read_file(tmp_path / "third" / "resolved.yaml")["corpus"]
+    assert kept["stream"] == json.loads((data / "train.json").read_text())["config"]["stream"]
+
+
+def test_a_checkpoint_is_not_taken_into_another_run(data: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pretrain_run.run(config(steps=2), tmp_path / name, data=data)
+    before = (tmp_path / "b" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run of its own"):
+        resume_point(str(tmp_path / "a" / "checkpoints" / "checkpoint-2"), tmp_path / "b")
+    with pytest.raises(ConfigError, match="holds a run of its own"):
+        resume_point(str(tmp_path / "a"), tmp_path / "b")
+    assert (tmp_path / "b" / "metrics.jsonl").read_bytes() == before
+    assert resume_point(str(tmp_path / "a" / "checkpoints" / "checkpoint-2"), tmp_path / "a")[1].path is not None
+
+
+def test_metrics_that_are_torn_and_weights_with_nan_do_not_block_a_resume(data: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from gnomon.base.checkpoint import write_manifest
+
+    pretrain_run.run(config(), tmp_path, data=data, stop=lambda step: step == 4)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join([lines[0], "garbage\n", *lines[1:]]))
+    spoilt = tmp_path / "checkpoints" / "checkpoint-4"
+    decoder = load_decoder(spoilt)
+    state = decoder.state_dict()
+    save_file({"decoder." + k: v * math.nan if "unembed" in k else v for k, v in state.items()},
+              spoilt / "model.safetensors")  # fmt: skip
+    write_manifest(spoilt, {"step": 4, "serial": 99})
+    place, found = resume_point("auto", tmp_path)
+    assert found.path is not None and found.path.name == "checkpoint-2" and "NaN" in found.skipped[0][1]
+    sink = MemorySink()
+    pretrain_run.run(config(), tmp_path, data=data, start=pretraining.start_at(found.path), sinks=[sink])
+    assert place == tmp_path and [r["step"] for r in rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(named(sink, "metrics/unreadable")) == 1
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
@@ -334,6 +444,16 @@ def test_sigterm_in_every_phase(phase: str, data: Path, tmp_path: Path, monkeypa
     )
 
 
+def test_a_terminal_that_goes_away_stops_nothing(data: Path, tmp_path: Path) -> None:
+    def hang_up(step: int) -> bool:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return False
+
+    assert pretrain_run.run(config(steps=4), tmp_path, data=data, stop=hang_up)["step"] == 4
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -397,13 +517,15 @@ def test_a_commanded_rate_survives_a_resume_and_a_new_one_wins(data: Path, tmp_p
 
     def again(stop_at: int, **changes: Any) -> float:
         _, found = resume_point("auto", tmp_path)
-        new, changed = settle(found.values(), resolve(None, changes, found.values())[0])
+        asked, origins = resolve(None, changes, found.values())
+        new, changed = settle(found.values(), asked)
         start = pretraining.start_at(found.path, changed)
-        pretrain_run.run(new, tmp_path, data=data, start=start, stop=lambda step: step == stop_at)
+        pretrain_run.run(new, tmp_path, data=data, start=start, origins=origins, stop=lambda step: step == stop_at)
         return float(rows(tmp_path)[-1]["train/lr"])
 
     assert again(5) == pytest.approx(0.002)
-    assert again(6, **{"optim.lr": 0.004}) == pytest.approx(0.004)
+    assert again(6, **{"optim.lr": 0.01}) == pytest.approx(0.01)  # as configured, but named
+    assert again(7, **{"optim.lr": 0.004}) == pytest.approx(0.004)
 
 
 def test_an_average_is_a_model_of_its_own(data: Path, tmp_path: Path) -> None:

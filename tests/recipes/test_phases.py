@@ -24,7 +24,8 @@ from gnomon.recipes import claims, demo, metacog, phases
 from gnomon.recipes.metacog import MetacogRunConfig
 from gnomon.tasks.procedural import problems
 from gnomon.training.adapt import AdaptConfig, LoraOptions
-from gnomon.training.heads_fit import HeadsConfig
+from gnomon.training.head_rows import whole
+from gnomon.training.heads_fit import HeadsConfig, gauges
 from gnomon.training.lm_objectives import LMLossWeights
 from gnomon.training.objectives import LossWeights
 from gnomon.training.phase_fit import PhaseConfig
@@ -74,7 +75,7 @@ def test_phase_b_changes_the_layer_and_not_the_base(folder: Path) -> None:
     steps, rounds = [r for r in rows if "step" in r], [r for r in rows if "round" in r]
     assert len(steps) == 4 and len(rounds) == 1
     names = {"loss/think_ce", "loss/answer_ce", "loss/l0", "loss/consistency", "loss/forced_close", "loss/plan"}
-    assert names | {"gate/rms", "adapters/activity", "adapters/coverage"} <= set(steps[0])
+    assert names | {"gate/rms", "gate/activity", "gate/coverage"} <= set(steps[0])
     facts = rounds[0]
     assert facts["valid"] + facts["empty"] + facts["truncated"] == pytest.approx(1.0, abs=0.2)
     assert set(facts["think_rate_by_level"]) == {1, 2} and 0 < facts["thoughts"] <= 20
@@ -231,9 +232,25 @@ def test_the_report_shows_the_phases_and_where_adapters_open(folder: Path, tmp_p
     assert len(gates["gates"]) == len(gates["blocks"]) == 2
     assert {len(row) for row in gates["gates"]} == {len(gates["tokens"])}
     metrics = (made.folder / "metrics.jsonl").read_text()
-    assert '"train/gate/rms"' in metrics and '"train/adapters/coverage"' in metrics
-    steps = [json.loads(line)["step"] for line in metrics.splitlines()]
-    assert steps == list(range(1, 15)), "ten of the heads, then four of phase B"
+    rows = [json.loads(line) for line in metrics.splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, 15)), "ten of the heads, then four of phase B"
+    heads = {"alpha/min", "alpha/mean", "alpha/max", "alpha/entropy", "layers/plan_agreement", "layers/budget_var"}
+    heads |= {f"layers/plan_agreement/{i}" for i in range(2)}
+    assert heads <= set(rows[9]) and "alpha/entropy" not in rows[0], "at evaluations"
+    assert heads <= set(rows[13])
+    (told,) = made.outcome.phases
+    for row in rows[10:]:  # every on-policy step, by the names of conventions.md (row T3)
+        assert {"gate/coverage", "gate/rms", "mode/think", "mode/think/level_2", "rollouts/valid"} <= set(row)
+        assert row["budget/used"] == told["think_tokens_mean"] and row["budget/predicted"] == told["predicted_mean"]
+        assert sum(v for k, v in row.items() if k.startswith("plan/")) == pytest.approx(1.0)
+    assert "<h2>Layers</h2>" in page and "variance of budgets" in page and "entropy" in page
+    assert "Plan agreement by layer, at the end" in page and "B, round 1" in page
+    results, trained = json.loads((made.folder / "results.json").read_text()), made.outcome.trained
+    decider = trained.reasoner.decider
+    assert decider is not None
+    val = metacog.draw_labels(trained.reasoner, config, "val", config.val_n, 0, made.folder / "labels")
+    now = gauges(decider.heads, whole(val))
+    assert results["heads"]["telemetry"]["alpha_by_site"] == now["alpha_by_site"], "of the heads as they are in the end"
     kept = json.loads((made.folder / "report.json").read_text())
     assert kept["phase_marks"] == [[0.5, 1, "phase B"]] and [r["step"] for r in kept["phases"]] == [1, 2, 3, 4]
     assert (made.folder / "plots" / "phase_curves.png").stat().st_size > 5000

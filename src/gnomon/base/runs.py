@@ -125,7 +125,10 @@ class Run:
         """Drop metrics rows behind `step`: they belong to a future that a crash or a roll-back has undone."""
         path = self.folder / "metrics.jsonl"
         rows = path.read_bytes().splitlines(keepends=True)
-        kept = [row for row in rows if json.loads(row)["step"] <= step]
+        found = [_step_of(row) for row in rows]
+        if broken := found.count(None):
+            self.events.emit("metrics/unreadable", level="warning", what=f"{broken} lines of {path.name} are dropped")
+        kept = [row for row, at in zip(rows, found, strict=True) if at is not None and at <= step]
         if len(kept) < len(rows):
             self.metrics.close()
             write_atomic(path, b"".join(kept))
@@ -164,6 +167,15 @@ class Run:
         else:
             self.status("failed", error=f"{kind.__name__}: {str(error)[:500]}")
         self.close()
+
+
+def _step_of(row: bytes) -> float | None:
+    """The step of a metrics row; None for a line that is none."""
+    try:
+        at = json.loads(row)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return at if isinstance(at, (int, float)) else None
 
 
 def create_run(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Group
 
 from gnomon import __version__
+from gnomon.base.atomic import disk_error
 from gnomon.base.errors import GnomonError
 from gnomon.interfaces import console
 from gnomon.interfaces.commands import asking, check, control, data, measure, runs, schema, train, validate
@@ -71,19 +72,28 @@ def run(tokens: Sequence[str]) -> int:
     try:
         code = build()(list(tokens), print_error=False, exit_on_error=False, result_action="return_value")
     except GnomonError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one tells it
-            console.say(f"gnomon: {str(error).strip()}")
+        console.say(f"{_speaker()}: {str(error).strip()}")
         return error.exit_code  # 2; 28 when the disk is full
     except CycloptsError as error:
         console.say(f"gnomon: {str(error).strip()}")
         return USER_ERROR
-    except KeyboardInterrupt:
-        console.say(f"\nstopped: {console.interrupt_hint()}")
-        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        told = disk_error(error, "the work was ended")
+        console.say(f"{_speaker()}: {told}")
+        return told.exit_code
+    except KeyboardInterrupt:
+        console.say(f"\nstopped: {console.interrupt_hint()}")
+        return INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _speaker() -> str:
+    """Who tells an error: of several processes each, since it may be alone with it."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return "gnomon" if size == "1" else f"gnomon, process {rank} of {size}"
 
 
 def main() -> None:

@@ -210,11 +210,15 @@ def resume_point(resume: str | None, folder: Path | None, latest: Path | None = 
             return place, Found(begun=place)
         return place, _newest(place)
     path = Path(resume)
-    if (path / "checkpoints").is_dir():
+    home = path if (path / "checkpoints").is_dir() else path.absolute().parent.parent
+    if folder is not None and checkpoint.steps(folder / "checkpoints") and folder.resolve() != home.resolve():
+        raise ConfigError(f"{folder} holds a run of its own; name a new --run for what goes on from {resume}")
+    if home == path:
         return folder or path, _newest(path)
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}; write auto, a run folder, or a checkpoint-<step> folder")
     checkpoint.verify_folder(path)
+    _resumable(path)
     return folder or path.parent.parent, Found(path)
 
 
@@ -240,10 +244,14 @@ class Found:
         return configs.read_file(file)
 
 
-def _newest(folder: Path) -> Found:
+def _resumable(folder: Path) -> None:
     from gnomon.recipes.pretraining import resumable
 
-    found = checkpoint.newest(folder / "checkpoints", check=resumable)
+    resumable(folder)
+
+
+def _newest(folder: Path) -> Found:
+    found = checkpoint.newest(folder / "checkpoints", check=_resumable)
     return Found(found.path, found.skipped)
 
 
@@ -264,6 +272,11 @@ def settle(old: Mapping[str, Any], new: PretrainRunConfig) -> tuple[PretrainRunC
             effect += "; which records come next differs from an unbroken run"
         lines.append(f"{key}: {was} -> {now} ({effect})")
     return new, lines
+
+
+def given(key: str, origins: Mapping[str, str]) -> bool:
+    """Whether the user named this field now, in a flag or a file."""
+    return origins.get(key, "preset") not in ("preset", "derived")
 
 
 def data_folder(run: Path, corpus: CorpusConfig, changed: Iterable[str]) -> Path:

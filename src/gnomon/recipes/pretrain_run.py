@@ -25,13 +25,13 @@ from gnomon.base.telemetry import Sink
 from gnomon.data.corpus import Bins, BinSource, Source, collate
 from gnomon.data.encode import Encoded
 from gnomon.data.prefetch import Prefetch
-from gnomon.data.stream import text_source
+from gnomon.data.stream import text_files, text_source
 from gnomon.data.tokenizer import MODEL_FILE, Tokenizer
 from gnomon.model.decoder import Decoder, preset
 from gnomon.model.device import resolve
 from gnomon.reasoner import shipped
 from gnomon.recipes.pretrain import CorpusConfig, Objective, mixture_of, prepare, record, train_tokenizer
-from gnomon.recipes.pretrain_config import CORPUS, PretrainRunConfig, data_folder
+from gnomon.recipes.pretrain_config import CORPUS, PretrainRunConfig, data_folder, given
 from gnomon.recipes.pretraining import Pretraining, Start
 from gnomon.training import estimate as estimates
 from gnomon.training import optim
@@ -129,6 +129,9 @@ def run(
         raise ConfigError(f"steps = {config.steps}, but the checkpoint is behind step {start.step}; raise steps")
     if config.rows % team.size:
         raise ConfigError(f"{team.size} processes cannot share rows = {config.rows} evenly; make rows a multiple")
+    if config.text.given:
+        text_files(config.text)  # missing ones are named before there is a run folder
+    place, config = _records(config, folder, data, start, origins or {}, team)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         opened = commands = None
@@ -147,12 +150,13 @@ def run(
             opened.events.sinks.extend(sinks)
             opened.track(config.track, config.model_dump(mode="json"), start.step)
         try:
-            facts = _run(config, folder, data, start, opened, commands, progress, stop, team, signals)
+            facts = _run(config, folder, place, start, origins or {}, opened, commands, progress, stop, team, signals)
         except StopRequested:
             facts = {"step": start.step, "steps": config.steps, "stopped": True, "loss": None, "checkpoint": None}
         except BaseException as error:
             if opened:
-                opened.__exit__(type(error), error, None)
+                with contextlib.suppress(OSError):  # the disk may be why; the error itself says more
+                    opened.__exit__(type(error), error, None)
             raise
         if opened:
             opened.status("stopped" if facts["stopped"] else "done")
@@ -163,8 +167,9 @@ def run(
 def _run(
     config: PretrainRunConfig,
     folder: Path,
-    data: Path | None,
+    place: Path,
     start: Start,
+    origins: Mapping[str, str],
     opened: Run | None,
     commands: ControlReader | None,
     progress: Progress | None,
@@ -183,7 +188,6 @@ def _run(
     if config.text.given:
         tok, plain, facts = _text(config, folder, start.checkpoint, team)
     else:
-        place = data or _data_of(start) or data_folder(folder, config.corpus, start.changed)
         tok, plain, facts = _data(config, place, progress, team, signals)
     stopper = (lambda: signals.requested) if team.size == 1 else None
     source = Prefetch(plain, start.step, prepare=lambda d: collate(team.share(d.rows), d.length), stop=stopper)
@@ -198,8 +202,10 @@ def _run(
         for line in start.changed:
             emit("resume/changed", what=line)
     position = Position.of(start.facts)
-    if any(line.startswith("optim.lr:") for line in start.changed):
-        position.lr_scale = 1.0  # who names a rate now means it, whatever commands had made of the old one
+    if start.checkpoint and given("optim.lr", origins) and position.lr_scale != 1.0:
+        # Who names a rate now means it, whatever commands and roll-backs had made of the old one.
+        emit("resume/changed", what=f"learning rate: {position.lr_scale:g} times the configured one -> as given")
+        position.lr_scale = 1.0
     if opened:
         opened.rewind(start.step)
         opened.status("running", stage="train")
@@ -218,6 +224,35 @@ def _run(
         opened.status("running", step=done["step"], tokens=done["tokens"])
     saved = folder / "checkpoints" / f"checkpoint-{done['step']}"
     return {**done, "parameters": trainee.parameters, "checkpoint": str(saved)}
+
+
+def _records(
+    config: PretrainRunConfig, folder: Path, data: Path | None, start: Start, origins: Mapping[str, str], team: Team
+) -> tuple[Path, PretrainRunConfig]:
+    """(folder of the records, config with the mixture that they have); the leader looks, all agree.
+
+    Raises ConfigError when a mixture is asked for that the named records do not have.
+    """
+    if config.text.given:
+        return folder / "data", config
+    place = data or _data_of(start) or data_folder(folder, config.corpus, start.changed)
+    ready = corpus_config(place, config.corpus.split) if team.leader else None
+    if ready is not None and ready != config.corpus:
+        if place == folder / "data":
+            place = data_folder(folder, config.corpus, [CORPUS])
+            ready = None
+        else:
+            old, new = ready.model_dump(), config.corpus.model_dump()
+            asked = [k for k in new if old[k] != new[k] and given(CORPUS + k, origins)]
+            if asked:
+                raise ConfigError(
+                    f"the records in {place} have {asked[0]} = {old[asked[0]]!r}, you ask for {new[asked[0]]!r}; leave "
+                    f"--corpus.{asked[0]} out, or name another --data"
+                )
+    found = team.tell([str(place), None if ready is None else ready.model_dump(mode="json")])
+    if found[1] is not None:
+        config = config.model_copy(update={"corpus": CorpusConfig.model_validate(found[1])})
+    return Path(found[0]), config
 
 
 def _data_of(start: Start) -> Path | None:

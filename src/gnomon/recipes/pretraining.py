@@ -11,12 +11,13 @@ from typing import Any, Final
 import torch
 
 from gnomon.base import checkpoint, seeds
-from gnomon.base.errors import CheckpointError, ConfigError
+from gnomon.base.checkpoint import load_tensors
+from gnomon.base.errors import CheckpointError, ConfigError, ModelError
 from gnomon.base.runs import Run
 from gnomon.data.prefetch import Prefetch
 from gnomon.data.tokenizer import Tokenizer
 from gnomon.model.decoder import Decoder, DecoderConfig, preset
-from gnomon.model.folder import check_decoder, load_decoder, save_decoder
+from gnomon.model.folder import WEIGHTS, check_decoder, load_decoder, save_decoder
 from gnomon.reasoner import shipped
 from gnomon.recipes.logic_check import logic_check
 from gnomon.recipes.pretrain import Objective, step_losses
@@ -55,9 +56,13 @@ def start_at(path: str | Path | None, changed: Sequence[str] = (), skipped: Sequ
 
 
 def resumable(folder: Path) -> None:
-    """Raise CheckpointError or ModelError unless a run can go on from this checkpoint, whose files are whole."""
+    """Raise CheckpointError unless a run can go on from this checkpoint, whose files are whole."""
     read_facts(folder)
-    check_decoder(folder)
+    try:
+        check_decoder(folder)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from None
+    load_tensors(folder, WEIGHTS)  # refuses NaN
 
 
 class Pretraining:
@@ -80,7 +85,7 @@ class Pretraining:
         self.cursor: Mapping[str, Any] = {}
         self.counts: Mapping[str, float] = {}
         if start.checkpoint:
-            self._take_back(start.checkpoint, start.step + int(start.facts.get("passed_over", 0)))
+            self._take_back(start.checkpoint)
 
     # --- as a Trainee ------------------------------------------------------------------------------------------------
 
@@ -155,7 +160,7 @@ class Pretraining:
     def check_folder(self, folder: Path) -> None:
         resumable(folder)
 
-    def restore(self, folder: Path | None, number: int) -> None:
+    def restore(self, folder: Path | None) -> None:
         place = Start(folder).checkpoint
         fresh = self._model(place)
         current = self.model.state_dict()
@@ -166,19 +171,20 @@ class Pretraining:
             for optimizer in self.optimizers:
                 optimizer.state.clear()
             self.average = Ema(self.model, self.config.ema) if self.config.ema else None
-            self.source.seek(number, {})
+            self.cursor = {}
+            self.source.seek(0, {})
         else:
-            self._take_back(place, number)
+            self._take_back(place)
 
-    def _take_back(self, folder: Path, number: int) -> None:
-        """Optimisers, average and data as they were in a checkpoint."""
+    def _take_back(self, folder: Path) -> None:
+        """Optimisers, average and data as in a checkpoint; what is passed over behind it, the source draws."""
         facts = load_state(folder, self.model, self.optimizers)
         if self.average and (folder / EMA).is_dir():
             names = self.average.state_dict()
             saved = load_decoder(folder / EMA).state_dict()
             self.average.load_state_dict({n: part_like(saved[n], names[n]) for n in names})
         self.cursor = facts.get("cursor", {})
-        self.source.seek(number, self.cursor)
+        self.source.seek(int(facts["step"]) + int(facts.get("passed_over", 0)), self.cursor)
 
     # --- the model ---------------------------------------------------------------------------------------------------
 

@@ -25,11 +25,14 @@ class DivergedError(GnomonError):
 
 
 class UnstableError(DivergedError):
-    """So many steps of late were not finite that going on is no use; `step` is the last one."""
+    """So many steps of late were not finite that going on is no use.
 
-    def __init__(self, step: int, why: str) -> None:
+    step: the last one. skipped: steps that this `fit` has left out, None = it was not the steps.
+    """
+
+    def __init__(self, step: int, why: str, skipped: int | None = None) -> None:
         super().__init__(f"{why} (step {step}); lower the learning rate or look at the batch")
-        self.step, self.why = step, why
+        self.step, self.why, self.skipped = step, why, skipped
 
 
 class OutOfMemory(GnomonError):
@@ -133,7 +136,7 @@ class _Watch:
         elif bad > max(self.patience.share * self.patience.window, self.patience.in_a_row):
             why = f"loss or gradient was not finite in {bad} of the last {len(self._window)} steps"
         if why:
-            raise UnstableError(step, why)
+            raise UnstableError(step, why, self.skipped)
 
 
 def _gradients(

@@ -14,7 +14,7 @@ from gnomon.training.parallel import on_whole
 class OptimConfig(BaseModel):
     """Learning rates per kind of parameter. lr is Muon's; the others are AdamW's."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     lr: float = Field(default=0.01, gt=0)
     embed_lr: float = Field(default=0.02, gt=0)

@@ -17,9 +17,10 @@ from typing import Any, Final, Protocol
 import torch
 
 from gnomon.base import checkpoint
+from gnomon.base.atomic import FULL, disk_error
 from gnomon.base.control import ACK, Ack, Command, ControlReader, Rejected
 from gnomon.base.disk import Ballast
-from gnomon.base.errors import CheckpointError, NotFiniteError
+from gnomon.base.errors import CheckpointError, DiskFullError, GnomonError, ModelError, NotFiniteError
 from gnomon.base.folders import size_of
 from gnomon.base.runs import Run, copy_provenance
 from gnomon.base.stopping import StopRequested, StopSignals
@@ -99,10 +100,10 @@ class Trainee(Protocol):
         """Everything of a checkpoint; leader only. facts: go into state.json."""
 
     def check_folder(self, folder: Path) -> None:
-        """Raise CheckpointError or ModelError unless `restore` can take this checkpoint."""
+        """Raise CheckpointError unless `restore` can take this checkpoint."""
 
-    def restore(self, folder: Path | None, number: int) -> None:
-        """Back to a checkpoint, or to before the first step; data goes on with step `number`."""
+    def restore(self, folder: Path | None) -> None:
+        """Back to a checkpoint with its place in the data, or to before the first step."""
 
     def smaller(self) -> bool:
         """A micro-batch did not fit: make them smaller. False when they cannot be."""
@@ -164,6 +165,10 @@ class Runtime:
                 if self.team.size == 1 and self.at.step > self.saved_at:
                     self.save()
                 raise
+            except OSError as error:  # a row or an event did not reach the disk
+                if error.errno not in FULL:
+                    raise
+                raise self._disk_full(disk_error(error, f"step {self.at.step} cannot be logged")) from error
         done = self.at.step
         return {
             "step": done,
@@ -200,7 +205,7 @@ class Runtime:
         seconds = max(now - self.clock, 1e-9)
         at.step, at.tokens = step, at.tokens + int(row["tokens"])
         at.skipped = self.skipped_before + int(row["skipped"])
-        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        if good := math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
             self.trainee.stepped()
         wait = row.get("data/wait", 0.0) / self.team.size
         values = {
@@ -212,8 +217,8 @@ class Runtime:
             **{k: v for k, v in row.items() if "/" in k and k != "data/wait"},
             **self.trainee.counts,
         }
-        if step % pace.eval_every == 0 or step == pace.steps:
-            values |= self.trainee.check(step, at.budget, lambda: self.signals.requested)
+        if good and (step % pace.eval_every == 0 or step == pace.steps):
+            values |= self._check(step)
         if self.run:
             self.run.row(step, **values)
             if now - self.told_at > STATUS_EVERY:
@@ -226,6 +231,14 @@ class Runtime:
         ends = self._obey(bool(stop and stop(step)))
         self.clock = time.monotonic()  # checks, saving and pauses are no training time
         return ends
+
+    def _check(self, step: int) -> dict[str, float]:
+        """The small evaluation; one that fails is told and does not end the run."""
+        try:
+            return self.trainee.check(step, self.at.budget, lambda: self.signals.requested)
+        except ModelError as error:
+            self._emit("eval/failed", level="warning", step=step, why=str(error))
+            return {}
 
     def _on_memory(self) -> bool:
         """Halve the micro-batch, once. In a team one process cannot go back alone, so there it is an error."""
@@ -250,14 +263,31 @@ class Runtime:
         place, step, tokens = self.team.tell(found)
         at.passed_over += error.step - step
         at.lr_scale, at.roll_backs = at.lr_scale * 0.5, at.roll_backs + 1
-        self.skipped_before = at.skipped = at.skipped + PATIENCE.in_a_row
+        if error.skipped is not None:  # the step that raised was not logged any more
+            at.skipped = self.skipped_before + error.skipped
+        self.skipped_before = at.skipped
         at.step, at.tokens, self.saved_at = step, tokens, step
-        self.trainee.restore(Path(place) if place else None, step + at.passed_over)
+        self.trainee.restore(Path(place) if place else None)
         if self.run:
             self.run.rewind(step)
         self._emit("train/rolled_back", level="warning", why=error.why, bad_step=error.step, to_step=step,
                    passed_over=at.passed_over, lr_scale=at.lr_scale)  # fmt: skip
         self.clock = time.monotonic()
+
+    def _disk_full(self, error: CheckpointError) -> CheckpointError:
+        """Save once more in the space that was held for it; the error to raise, which says what was saved."""
+        if self.team.size > 1 or self.run is None or self.at.step == self.saved_at or self.ballast is None:
+            return error
+        self.ballast.free()
+        saved = None
+        with contextlib.suppress(GnomonError, OSError):
+            gathered, place = self.trainee.gathered(), self.run
+            with checkpoint.publish(place.checkpoints, self.at.step) as folder:
+                self.trainee.write(folder, gathered, asdict(self.at))
+                copy_provenance(place.folder, folder)
+            saved = f"checkpoint-{self.at.step}"
+        told = f"{saved} was saved in the space that was held for it" if saved else "nothing more could be saved"
+        return DiskFullError(f"{error}; {told}", saved)
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -326,7 +356,11 @@ class Runtime:
             if at.step == self.saved_at:
                 why = f"checkpoint-{at.step} is there already"
             else:
-                self.save()
+                try:
+                    self.save()
+                except UnstableError as error:
+                    self._emit(ACK, **Ack(seq, name, value, False, error.why).facts(), step=at.step)
+                    raise
         elif name == "lr":
             at.lr_scale = float(value) / self.trainee.headline_rate()
         elif name == "budget":
