@@ -41,8 +41,8 @@ def taps() -> torch.Tensor:
         ({"gate_layer": -1}, "gate_layer names -1, but the blocks"),
         ({"gate_layer": "last"}, "gate_layer 'last' is no block; give a number below 30, \"middle\" or null"),
         ({"adapter_layers": "first"}, "adapter_layers 'first' are no blocks; give numbers below 30 or \"all\""),
-        ({"adapter_layers": (3, 31)}, "adapter_layers names 3, 31, but the blocks of this base are 0 to 29"),
-        ({"adapter_layers": (4, 2, 4)}, "adapter_layers names 4, 2, 4, .* each at most once"),
+        ({"adapter_layers": (3, 31)}, "adapter_layers names 31, but the blocks of this base are 0 to 29"),
+        ({"adapter_layers": (4, 2, 4)}, "adapter_layers names 4 more than once, .* each at most once"),
         ({"gate_layer": None, "adapter_layers": ()}, "neither gate nor adapters does nothing; leave it out"),
     ],
 )
@@ -143,15 +143,15 @@ def test_gauges_are_finite_and_say_what_happened(heads: MetacogHeads) -> None:
 
     seed_torch("gauges")
     fresh = gauges(Steerer(SteerConfig(), heads.config))
-    assert (fresh["gate/rms"], fresh["adapters/coverage"]) == (0.0, 1.0)
-    assert fresh["adapters/activity"] == pytest.approx(1.2 / (1 + np.exp(-2.0)) - 0.1)
+    assert (fresh["gate/rms"], fresh["gate/coverage"]) == (0.0, 1.0)
+    assert fresh["gate/activity"] == pytest.approx(1.2 / (1 + np.exp(-2.0)) - 0.1)
     acts = gauges(random_steerer(heads))
     assert 0 < acts["gate/rms"] <= acts["gate/rms_max"] < 0.5
     shut = random_steerer(heads)
     assert shut.adapters is not None
     with torch.no_grad():
         shut.adapters.bias.fill_(-40.0)
-    assert gauges(shut)["adapters/coverage"] == gauges(shut)["adapters/activity"] == 0.0
+    assert gauges(shut)["gate/coverage"] == gauges(shut)["gate/activity"] == 0.0
     drawn = gauges(random_steerer(heads), torch_generator("noise"))
     only = gauges(random_steerer(heads, adapter_layers=()))
     assert set(only) == {"gate/rms", "gate/rms_max"} and set(drawn) == set(fresh)

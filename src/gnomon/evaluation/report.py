@@ -76,6 +76,30 @@ class ReportData:
     tiles: Sequence[tuple[str, str]] = ()
 
 
+_GAUGES = (
+    ("alpha/min", "alpha, min"), ("alpha/mean", "mean"), ("alpha/max", "max"), ("alpha/entropy", "entropy, nats"),
+    ("layers/plan_agreement", "plan agreement"), ("layers/budget_var", "variance of budgets"),
+)  # fmt: skip
+
+
+def layer_tables(stages: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Telemetry of the heads (`gauges`) by stage of training: layer weights, per-layer plans and budgets (row C3)."""
+    told = {name: each for name, each in stages.items() if "alpha/entropy" in each}
+    if not told:
+        return []
+    rows = [(name, *(each.get(key) for key, _ in _GAUGES)) for name, each in told.items()]
+    note = (
+        "At the think tag, plans at the prompt. Entropy: log of the number of layers = all alike. Agreement: share of "
+        "layers whose plan is the chosen one. Variance: over layers, of log1p(tokens)."
+    )
+    tables = [Table("Layers", ("heads", *(title for _, title in _GAUGES)), rows, note)]
+    *_, (last, each) = told.items()
+    if each.get("agreement_by_layer"):
+        cells = list(enumerate(each["agreement_by_layer"]))
+        tables.append(Table(f"Plan agreement by layer, {last}", ("layer", "agrees with the chosen plan"), cells))
+    return tables
+
+
 def write_report(folder: Path, data: ReportData) -> Path:
     """Write plots/*.png and report.html into a folder; returns the page.
 

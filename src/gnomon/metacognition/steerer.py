@@ -43,10 +43,11 @@ class SteerConfig(BaseModel):
             blocks = tuple(range(n_layers))
         for name, given in (("gate_layer", () if gate is None else (gate,)), ("adapter_layers", blocks)):
             bad = [k for k in given if not 0 <= k < n_layers]
-            if bad or len(set(given)) < len(given):
+            twice = sorted({k for k in given if given.count(k) > 1})
+            if bad or twice:
+                told = ", ".join(map(str, bad or twice)) + ("" if bad else " more than once")
                 raise ModelError(
-                    f"{name} names {', '.join(map(str, given))}, but the blocks of this base are 0 to {n_layers - 1}, "
-                    "each at most once"
+                    f"{name} names {told}, but the blocks of this base are 0 to {n_layers - 1}, each at most once"
                 )
         if gate is None and not blocks:
             raise ModelError("a steerer with neither gate nor adapters does nothing; leave it out")
@@ -99,6 +100,6 @@ def telemetry(vectors: Tensor, seen: dict[int, tuple[Tensor, Tensor]]) -> dict[s
     gauges = {"gate/rms": float(away.mean()), "gate/rms_max": float(away.max())}
     if seen:
         gates = torch.stack([gate.float() for _, gate in seen.values()])
-        gauges["adapters/activity"] = float(gates.mean())
-        gauges["adapters/coverage"] = float((gates > 0).float().mean())
+        gauges["gate/activity"] = float(gates.mean())
+        gauges["gate/coverage"] = float((gates > 0).float().mean())
     return gauges

@@ -12,7 +12,7 @@ from gnomon.base.atomic import write_atomic
 from gnomon.base.telemetry import finite
 from gnomon.evaluation.plots import Mark
 from gnomon.evaluation.records import EvalRecord
-from gnomon.evaluation.report import ReportData, Table, interval, show, write_report
+from gnomon.evaluation.report import ReportData, Table, interval, layer_tables, show, write_report
 from gnomon.evaluation.sweep import Sweep
 from gnomon.evaluation.training_report import training_report
 from gnomon.recipes.metacog import MetacogRunConfig, Outcome
@@ -111,6 +111,7 @@ def write(outcome: Outcome, config: MetacogRunConfig, folder: Path, title: str) 
         outcome.gates,
         (
             *_phases(outcome),
+            *layer_tables(_stages(outcome)),
             Table("Labels", ("strategy", "accuracy", "think tokens", "cheapest solver"), _labels(heads)),
             Table("What this run shows", COLUMNS, claims(outcome), "Every number was computed in this run."),
         ),
@@ -166,7 +167,10 @@ def _record(facts: Mapping[str, Any]) -> EvalRecord:
     return EvalRecord(**values)
 
 
-_WATCHED = ("loss/think_ce", "loss/answer_ce", "gate/rms", "adapters/activity", "adapters/coverage", "grad_norm")
+_WATCHED = (
+    "loss/think_ce", "loss/answer_ce", "gate/rms", "gate/activity", "gate/coverage", "grad_norm", "alpha/entropy",
+    "layers/plan_agreement", "layers/budget_var",
+)  # fmt: skip
 
 
 def _curves(outcome: Outcome) -> tuple[list[Mapping[str, Any]], list[Mark]]:
@@ -193,7 +197,7 @@ def _phases(outcome: Outcome) -> list[Table]:
                 f"{r['phase']}, round {r['round'] + 1}", r["correct"], r["valid"], r["empty"], r["truncated"],
                 r["missing"], r["censored"], r["think_tokens_mean"], r["predicted_mean"],
                 *(r["think_rate_by_level"].get(level) for level in levels),
-                gauges.get("gate/rms"), gauges.get("adapters/activity"), gauges.get("adapters/coverage"),
+                gauges.get("gate/rms"), gauges.get("gate/activity"), gauges.get("gate/coverage"),
             )
         )  # fmt: skip
     columns = (
@@ -202,6 +206,12 @@ def _phases(outcome: Outcome) -> list[Table]:
     )  # fmt: skip
     note = "Rollouts as the round began; gate (distance from 1) and adapters (over think tokens) as it ended."
     return [Table("Phases", columns, rows, note)]
+
+
+def _stages(outcome: Outcome) -> dict[str, Mapping[str, Any]]:
+    """Gauges of the heads behind every round, on its labels, and at the end, on what the model does then."""
+    rounds = {f"{r['phase']}, round {r['round'] + 1}": r["fit"]["telemetry"] for r in outcome.phases}
+    return {**rounds, "at the end": outcome.trained.heads_report["telemetry"]}
 
 
 def _labels(heads: Mapping[str, Any]) -> list[tuple[Any, ...]]:

@@ -34,7 +34,8 @@ from gnomon.recipes import draws, phases
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
 from gnomon.training.adapt import AdaptConfig
-from gnomon.training.heads_fit import HeadsConfig, fit_heads, read_greedy, read_trials
+from gnomon.training.head_rows import whole
+from gnomon.training.heads_fit import HeadsConfig, fit_heads, gauges, read_greedy, read_trials
 from gnomon.training.labels import FACTS_FILE, LabelSet, cache_folder
 from gnomon.training.phase_fit import PhaseConfig
 from gnomon.training.policy_rates import policy_rates
@@ -259,6 +260,8 @@ def train(
         for letter, phase in zip(config.phases[1:], (config.b, config.c), strict=False):
             reasoner = phases.run_phase(reasoner, phase, draw, letter, config.heads.weights, on_phase)
         reasoner, card_report = _with_card(reasoner, labels.cost_order(), config, cache)
+        val = draw_labels(reasoner, config, "val", config.val_n, 0, cache)  # as the card has drawn them
+        report = {**report, "telemetry": gauges(reasoner.decider.heads, whole(val))}  # type: ignore[union-attr]
     return Trained(reasoner, report, card_report, labels)
 
 
@@ -387,4 +390,6 @@ class _Log:
 
 
 def _rates(row: dict[str, Any]) -> dict[str, float]:
-    return {f"train/{k}": float(v) for k, v in row.items() if isinstance(v, (int, float))}
+    """Numbers of a row; what has no name of its own (alpha/entropy, budget/used) is called train/…."""
+    named = {k if "/" in k and not k.startswith("loss/") else f"train/{k}": v for k, v in row.items()}
+    return {k: float(v) for k, v in named.items() if isinstance(v, (int, float))}

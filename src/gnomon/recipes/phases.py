@@ -7,7 +7,8 @@ base frozen, phase C unfreezes what its `adapt` names and runs a share of the ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -78,11 +79,12 @@ def run_phase(
             labels = refreshed(reasoner, config, draw, name)
             rows = whole(labels, str(reasoner.backbone.device))
             thoughts = [*lessons.thoughts, *(lessons.cut if config.weights.forced_close > 0 else ())]
+            seen = round_row(lessons.report)
             with Progress(f"phase {letter}, round {number + 1}", config.steps) as bar:
                 told = fit_phase(
                     LM(module), heads, steerer, adapted, thoughts, rows, config, head_weights,
                     pad=reasoner.codec.layout.pad, name=f"{name}/{draw.seed}",
-                    on_step=lambda step, row, bar=bar: _tick(bar, step, row, report),  # type: ignore[misc]
+                    on_step=lambda step, row, bar=bar, seen=seen: _tick(bar, step, row | seen, report),  # type: ignore[misc]
                 )  # fmt: skip
             reasoner = _served(reasoner, adapted, steerer)
             made = {"phase": letter, "round": number, "thoughts": len(thoughts), **lessons.report}
@@ -140,7 +142,7 @@ def learnable(reasoner: Reasoner, config: PhaseConfig, draw: Draw, name: str) ->
 
     facts = {
         **draws.predicting(reasoner), "rollouts": name, "tasks": draw.tasks, "levels": draw.levels, "cap": draw.cap,
-        "n": config.problems, "samples": config.samples, "capped": config.capped, "version": 1,
+        "n": config.problems, "samples": config.samples, "capped": config.capped, "version": 2,
     }  # fmt: skip
     return draws.lessons(made, facts, draw.cache)
 
@@ -169,7 +171,8 @@ def refreshed(reasoner: Reasoner, config: PhaseConfig, draw: Draw, name: str) ->
 def think_report(found: Sequence[Sequence[Attempt]]) -> dict[str, Any]:
     """Shares of rollouts: right, valid, empty and truncated thoughts, thinking by level, and what the budget says.
 
-    censored: cut by a cap; predicted_mean: think tokens predicted (a fall over the rounds is the collapse to look for).
+    censored: cut by a cap; predicted_mean: think tokens predicted (a fall over the rounds is the collapse to look for);
+    plans: share of each plan.
     """
     every = [a for group in found for a in group]
     n = len(every)
@@ -188,6 +191,22 @@ def think_report(found: Sequence[Sequence[Attempt]]) -> dict[str, Any]:
         "think_tokens_mean": sum(a.trace.used for a in every) / n,
         "predicted_mean": sum(said) / len(said) if said else None,
         "think_rate_by_level": {level: sum(v) / len(v) for level, v in sorted(by_level.items())},
+        "plans": {plan: count / n for plan, count in sorted(Counter(a.trace.plan for a in every).items())},
+    }
+
+
+def round_row(told: Mapping[str, Any]) -> dict[str, float]:
+    """`think_report` for the metrics of every step that learns from these rollouts (row T3)."""
+    shares = ("correct", "valid", "empty", "truncated", "missing", "censored")
+    levels: Mapping[Any, float] = told["think_rate_by_level"]
+    said = told["predicted_mean"]
+    return {
+        "budget/used": told["think_tokens_mean"],
+        **({} if said is None else {"budget/predicted": said}),
+        "mode/think": 1.0 - told["empty"],
+        **{f"mode/think/level_{level}": rate for level, rate in levels.items()},
+        **{f"plan/{plan}": share for plan, share in told["plans"].items()},
+        **{f"rollouts/{name}": told[name] for name in shares},
     }
 
 

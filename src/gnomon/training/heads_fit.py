@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -66,7 +66,10 @@ class HeadsConfig(BaseModel):
 def head_losses(
     heads: MetacogHeads, data: HeadRows, rows: Sequence[Tensor], smoothing: float = 0.0
 ) -> tuple[dict[str, Tensor], MetacogOutput]:
-    """Losses on rows of the prompt, think, end, boundary and trial states (in this order); one forward pass."""
+    """Losses on rows of the prompt, think, end, boundary and trial states (in this order); one forward pass.
+
+    What is only seen at boundaries is left out where there are none: a loss of 0 would read as learned.
+    """
     p, t, e, m, r = rows
     n = (len(p), len(t), len(e), len(m), len(r))
     taps = torch.cat([data.prompt[p], data.think[t], data.end[e], data.boundary[m], data.closing[r]])
@@ -84,14 +87,15 @@ def head_losses(
         "conf_after": objectives.confidence_bce(out.conf_raw[b:c], right),
         "conf_rank": objectives.confidence_rank(out.conf_raw[a:b], share)
         + objectives.confidence_rank(out.conf_raw[b:c], right),
-        "boundary_budget": objectives.budget_error(out.budget_raw[c:d], data.need[m], data.need_censored[m]),
-        **_at_boundaries(heads, out.conf_raw[c:d], data.outcome[m], out.conf_raw[d:], data.closing_right[r]),
         "layer_plan": objectives.plan_ce(plan_pl[:a], data.plan[p], smoothing),
         "layer_budget": objectives.budget_error(budget_pl[a:b], need, cut),
         "layer_conf": objectives.confidence_bce(conf_pl[a:b], share) + objectives.confidence_bce(conf_pl[b:c], right),
         "layer_budget_var": objectives.layer_variance(budget_pl[a:b]),
         "style_entropy": objectives.style_entropy(out.plan_logits[:a]),
     }
+    if len(m):
+        parts["boundary_budget"] = objectives.budget_error(out.budget_raw[c:d], data.need[m], data.need_censored[m])
+    parts |= _at_boundaries(heads, out.conf_raw[c:d], data.outcome[m], out.conf_raw[d:], data.closing_right[r])
     if out.policy_logits is not None:
         parts["policy"] = objectives.policy_ce(out.policy_logits[a:b], data.policy[t])
     return parts, out
@@ -101,6 +105,8 @@ def _at_boundaries(
     heads: MetacogHeads, logit: Tensor, outcome: Tensor, closing: Tensor, right: Tensor
 ) -> dict[str, Tensor]:
     """Losses of the confidence at boundaries: closing there is right, or for heads without it, the whole thought is."""
+    if not len(closing if heads.config.closing else logit):
+        return {}
     if heads.config.closing:
         return {
             "closing": objectives.confidence_bce(closing, right),
@@ -137,8 +143,9 @@ def fit_heads(
     policy_rates [P, K, G]: share right of every problem and plan (in the label set's order) under each of the first G
     entries of policy.GRID, NaN = not measured; with them the heads get a decoding policy. trials: trial answers at
     boundaries; with them confidence there is that of closing there, without them that of the whole thought.
-    on_step(step, row) sees every row of the loop (for progress and metrics). Returns (heads in eval mode on the CPU,
-    report {train, val, steps, best_step, seconds, curve, telemetry, labels}). Raises DataError with too few problems.
+    on_step(step, row) sees every row of the loop (for progress and metrics), at evaluations with `gauges`. Returns
+    (heads in eval mode on the CPU, report {train, val, steps, best_step, seconds, curve, telemetry, labels}). Raises
+    DataError with too few problems.
     """
     config = config or HeadsConfig()
     train, val, entries = split(labels, policy_rates, config.inner_val, device, trials)
@@ -155,9 +162,10 @@ def fit_heads(
         return objectives.weighted(parts, config.weights)
 
     def watch(step: int, row: dict[str, Any]) -> bool:
-        if on_step is not None and on_step(step, row):
+        due = not step % config.eval_every or step == config.steps
+        if on_step is not None and on_step(step, {**row, **named(gauges(heads, val, 512))} if due else row):
             return True
-        if step % config.eval_every and step != config.steps:
+        if not due:
             return False
         scores = evaluate_heads(heads, val, config.weights)
         curve.append({"step": float(step), "train/loss": row["loss"]} | {f"val/{k}": v for k, v in scores.items()})
@@ -178,7 +186,9 @@ def fit_heads(
         **{name: result[name] for name in ("steps", "seconds")},
         "best_step": best["step"],
         "parameters": sum(p.numel() for p in heads.parameters()),
-        "curve": curve, "telemetry": _gauges(heads, val), "labels": labels.summary(),
+        "curve": curve,
+        "telemetry": gauges(heads, val),
+        "labels": labels.summary(),
     }
     return heads.cpu(), report
 
@@ -266,11 +276,13 @@ def warm_cosine(warmup: float) -> Any:
 
 
 @torch.no_grad()
-def _gauges(heads: MetacogHeads, data: HeadRows) -> dict[str, Any]:
-    """Telemetry at the think site, and the mean alpha of every layer per site (for the report's plot).
+def gauges(heads: MetacogHeads, data: HeadRows, limit: int = 2048) -> dict[str, Any]:
+    """Telemetry at the think site on up to `limit` rows, and the mean alpha of every layer per site (for the plot).
 
     Plans are compared at the prompt, where they are read.
     """
+    was = heads.training
+    heads.eval()
     out: dict[str, Any] = {"alpha_by_site": {}}
     for name, site, taps, used in (
         ("prompt", PROMPT, data.prompt, None),
@@ -280,8 +292,8 @@ def _gauges(heads: MetacogHeads, data: HeadRows) -> dict[str, Any]:
     ):
         if not len(taps):
             continue
-        taps = taps[:2048]
-        tokens = torch.zeros(len(taps), device=taps.device) if used is None else used[:2048]
+        taps = taps[:limit]
+        tokens = torch.zeros(len(taps), device=taps.device) if used is None else used[:limit]
         read = heads(taps, torch.full((len(taps),), site, device=taps.device), tokens, per_layer=True)
         out["alpha_by_site"][name] = [float(a) for a in read.alpha.mean(0)]
         if name == "prompt":
@@ -289,7 +301,14 @@ def _gauges(heads: MetacogHeads, data: HeadRows) -> dict[str, Any]:
             out.update({"layers/plan_agreement": float(agreement.mean()), "agreement_by_layer": agreement.tolist()})
         if name == "think":
             out = {**telemetry(read), **out}
+    heads.train(was)
     return out
+
+
+def named(told: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of `gauges` for a row of metrics; the agreement of the i-th layer read as layers/plan_agreement/i."""
+    by_layer = {f"layers/plan_agreement/{i}": x for i, x in enumerate(told.get("agreement_by_layer", ()))}
+    return {k: v for k, v in told.items() if isinstance(v, float)} | by_layer
 
 
 def domain_layer(heads: MetacogHeads) -> int:

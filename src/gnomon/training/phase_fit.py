@@ -21,7 +21,7 @@ from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.steerer import Steerer, telemetry
 from gnomon.model.lm import LM
 from gnomon.model.steering import expected_l0
-from gnomon.training import lm_objectives, objectives
+from gnomon.training import heads_fit, lm_objectives, objectives
 from gnomon.training.adapt import AdaptConfig, Adapted
 from gnomon.training.ema import Ema
 from gnomon.training.head_rows import HeadRows
@@ -95,8 +95,9 @@ def fit_phase(
     """One round of steps, in place. rows: labelled states of the model as it is, on its device; name: of the random
     stream.
 
-    Every row of `on_step` has all losses by name and the gauges of gate and adapters. Returns the loop's report with
-    `telemetry` (the last gauges) and `curve` (some of the rows). Raises DataError without thoughts.
+    Every row of `on_step` has all losses by name and the gauges of gate and adapters, some have those of the heads.
+    Returns the loop's report with `telemetry` (the last gauges of both) and `curve` (some of the rows). Raises
+    DataError without thoughts.
     """
     if not thoughts:
         raise DataError("no rollout of this round was right, so there is nothing to learn from; draw more problems")
@@ -120,7 +121,7 @@ def _fit(
     """`fit_phase` with everything in one place."""
     average = _average(config, steerer, heads, lm.module)
     draw, noise = torch_generator("phase-rows", name), torch_generator("phase-gates", name)
-    gauges: dict[str, float] = {}
+    gauges: dict[str, float] = {}  # of gate and adapters at the last step
     curve: list[dict[str, Any]] = []
 
     def step_loss(_: int) -> tuple[Tensor, dict[str, float]]:
@@ -138,9 +139,11 @@ def _fit(
     def watch(step: int, row: dict[str, Any]) -> bool | None:
         if average is not None:
             average.update()
+        row = {**row, **gauges}
         if step % max(1, config.steps // CURVE_POINTS) == 0 or step == config.steps:
-            curve.append({"step": step, **row, **gauges})
-        return None if on_step is None else on_step(step, {**row, **gauges})
+            row |= heads_fit.named(heads_fit.gauges(heads, rows, 256))
+            curve.append({"step": step, **row})
+        return None if on_step is None else on_step(step, row)
 
     groups = [
         {"params": list(steerer.parameters()), "lr": config.lr, "name": "steerer"},
@@ -159,7 +162,7 @@ def _fit(
     heads.eval()
     steerer.eval()
     adapted.learning(False)
-    return {**result, "telemetry": gauges, "curve": curve}
+    return {**result, "telemetry": gauges | heads_fit.named(heads_fit.gauges(heads, rows)), "curve": curve}
 
 
 def _average(config: PhaseConfig, *modules: nn.Module) -> Ema | None:
