@@ -26,19 +26,12 @@ from gnomon.recipes import pretrain_run, pretraining
 from gnomon.recipes.pretrain_config import PretrainRunConfig, resolve, resume_point, settle
 from gnomon.training.loop import DivergedError, OutOfMemory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
     "model.channels": 16, "model.layers": 1, "model.heads": 2, "model.streams": 2, "steps": 8, "rows": 4,
     "precision": "fp32", "corpus.tasks": "chain,knights", "corpus.levels": "1", "vocab_size": 512, "save_every": 2,
     "eval_every": 100,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -120,5 +120,5 @@ def test_trial_answers_make_the_running_confidence_that_of_closing(
     assert len(drawn) == 5, "labels of three splits, trial answers of two"
     found.save_layer(tmp_path / "model")
     assert Reasoner.load(tmp_path / "model").decider.heads.config.closing  # type: ignore[union-attr]
-    monkeypatch.setattr(metacog, "label_trials", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr(draws, "label_trials", lambda *_, **__: pytest.fail("made again"))
     train(Reasoner.load(base), cfg, tmp_path / "labels")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from gnomon.recipes import pretrain_run, pretraining
 from gnomon.recipes.pretrain import mixture_of
 from gnomon.recipes.pretrain_config import PretrainRunConfig, resolve, resume_point, settle
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
     "model.channels": 16,
     "model.layers": 1,
@@ -35,14 +35,6 @@ TINY: dict[str, Any] = {
     "save_every": 3,
     "eval_every": 6,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
