@@ -17,8 +17,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from study_base import Setup, fitted, over_seeds, plain, say, shown, table
-from study_heads import METRICS, Train, measure, plan_numbers
-from study_slack import ANSWERS, TOLERANCE, chosen, each, earliest, grid, lost, probes, row, saved, shown_rules
+from study_heads import Train
+from study_others import others, show_others
+from study_slack import (
+    ANSWERS,
+    NETTED,
+    PROBING,
+    TOLERANCE,
+    chosen,
+    each,
+    earliest,
+    grid,
+    lost,
+    probes,
+    row,
+    saved,
+    shown_rules,
+)
 from study_thoughts import Thought, by_table, collect, outcomes, with_answers, with_trials
 
 from gnomon.attempts import Job, run
@@ -162,12 +177,14 @@ class Stopping:
         self.held, self.thoughts = held, thoughts
         self.rows = [row("uncapped", None, outcomes(thoughts, [None] * len(thoughts)), thoughts)]
         self.stops: dict[str, Stops] = {}
+        self.paid: dict[str, bool] = {}  # whether it makes trial answers
 
     def add(self, name: str, apply: Callable[[Any, Sequence[Thought]], Stops], options: Sequence[Any]) -> Stops:
-        """One rule: the setting that saves most on `held` within the tolerance."""
-        setting = chosen(apply, options, self.held)
+        """One rule: the setting that saves most on `held` within the tolerance (off where none saves anything)."""
+        setting = chosen(apply, options, self.held, probes if name == NETTED else None)
         stops = self.stops[name] = apply(setting, self.thoughts)
-        cost = probes(self.thoughts, stops) if name == "answer probability" and setting is not None else 0
+        self.paid[name] = name in PROBING and setting is not None
+        cost = probes(self.thoughts, stops) if self.paid[name] else 0
         self.rows.append(row(name, setting, outcomes(self.thoughts, stops), self.thoughts, cost))
         return stops
 
@@ -180,7 +197,8 @@ class Stopping:
         self.add("cut per (family, level)", lambda price, ts: (
             [None] * len(ts) if price is None else by_table(held, ts, price, CUTS)
         ), prices)  # fmt: skip
-        self.add("answer probability", each(AnswerProbability, with_answers), ANSWERS)
+        for name in PROBING:
+            self.add(name, each(AnswerProbability, with_answers), ANSWERS)
         stops = earliest(thoughts)
         self.rows.append(row("hindsight: first right boundary", None, outcomes(thoughts, stops), thoughts))
 
@@ -190,7 +208,7 @@ class Stopping:
         full = np.array([t.used for t in thoughts], dtype=float)
         a, b = outcomes(thoughts, mine), outcomes(thoughts, other)
         paid = np.array([probes([t], [s]) for t, s in zip(thoughts, other, strict=True)], dtype=float)
-        paid *= theirs == "answer probability"
+        paid *= self.paid[theirs]
 
         def gap(x: Floats, y: Floats, f: Floats) -> float:
             return float((y.sum() - x.sum()) / f.sum())
@@ -266,7 +284,8 @@ def running(setup: Setup, *, stream: str, n: int, val_n: int, trial_n: int) -> d
     val = {plan: kept(setup, f"{stream}/val", val_n, "val", plan) for plan in PLANS}
     test = {plan: kept(setup, f"{stream}/test", n, "test", plan) for plan in PLANS}
     body: dict[str, Any] = {
-        "stream": stream, "n": n, "val_n": val_n, "trial_n": trial_n, "heads": others(setup, groups), "plans": {},
+        "stream": stream, "n": n, "val_n": val_n, "trial_n": trial_n, "heads": others(setup, groups),
+        "labels_n": setup.config.val_n, "plans": {},
     }  # fmt: skip
     for plan in (*PLANS, "both"):
         mine = PLANS if plan == "both" else (plan,)
@@ -301,7 +320,7 @@ def study(groups: dict[str, list[Layer]], held: Sequence[Thought], test: Sequenc
             rules.add(f"threshold, {name}, seed {seed}", layer.sure, layer.thresholds(held))
     for seed, layer in enumerate(groups["right here"]):
         stops = rules.add(f"sure, gap to the promise, seed {seed}", layer.sure, GAPS)
-        for rival in ("answer probability", "cut per (family, level)", f"threshold, right here, seed {seed}"):
+        for rival in (*PROBING, "cut per (family, level)", f"threshold, right here, seed {seed}"):
             gaps.setdefault(rival.partition(", seed")[0], []).append(rules.against(stops, rival))
         curves.append(frontier(layer.sure, GAPS, test))
     answers = [(t.trials[p].logprob, t.trials[p].correct) for t in test for p in t.boundaries]
@@ -309,23 +328,6 @@ def study(groups: dict[str, list[Layer]], held: Sequence[Thought], test: Sequenc
         "n": len(test), "boundaries": len(now), "right_now": float(now.mean()), "layers": found,
         "answer_auroc": metrics.auroc([a for a, _ in answers], [c for _, c in answers]),
         "stopping": rules.rows, "against": gaps, "frontier": curves,
-    }  # fmt: skip
-
-
-def others(setup: Setup, groups: dict[str, list[MetacogHeads]]) -> dict[str, Any]:
-    """What the other outputs of both kinds of heads reach on val labels, seeds as pairs."""
-    assert setup.base.decider is not None and setup.base.decider.card is not None
-    card, labels = setup.base.decider.card, setup.draw("val")
-    label, every = plan_numbers(labels, card.cost_order), np.arange(len(labels.problems))
-    numbers = {
-        name: [measure(read_greedy(h, labels), label, card.plan_price or 0.0, every) for h in hs]
-        for name, hs in groups.items()
-    }
-    old, new = numbers.values()
-    return {
-        k: {**{name: over_seeds([x[k] for x in found]) for name, found in numbers.items()},
-            "difference": over_seeds([b[k] - a[k] for a, b in zip(old, new, strict=True)])}
-        for k in METRICS
     }  # fmt: skip
 
 
@@ -387,9 +389,7 @@ def _show(body: dict[str, Any], plan: str) -> None:
 
 
 def _show_served(body: dict[str, Any]) -> None:
-    table("The other outputs on val labels: seeds' mean [95 %]", ("what", *next(iter(body["heads"].values()))), [
-        (METRICS[k], *v.values()) for k, v in body["heads"].items()
-    ])  # fmt: skip
+    show_others(body["heads"], body["labels_n"])
     table(
         f"Served with rule sure, gap {body['served']['gap']:.4f}, seed 0, stream {body['stream']}/test",
         ("plan", "accuracy without", "tokens without", "points lost", "saved", "closed early", "reads a problem"),

@@ -35,9 +35,14 @@ from gnomon.reasoner import Reasoner
 TOLERANCE = 0.005
 GOAL = 0.30
 CAPS = CUTS[1:]
-ANSWERS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999, 0.99999)
+ANSWERS = tuple(  # as many to choose from as other rules have: 61 odds from 1 to 100,000, evenly in their logarithm
+    1.0 / (1.0 + 10.0**-x) for x in np.linspace(0.0, 5.0, 61).tolist()
+)
 Stops = list[int | None]
 Apply = Callable[[Any, Sequence[Thought]], Stops]
+Cost = Callable[[Sequence[Thought], Stops], int]
+PROBING = ("answer probability", "answer probability, chosen net of probes")
+NETTED = PROBING[1]
 
 
 def saved(o: Outcomes, thoughts: Sequence[Thought]) -> float:
@@ -49,13 +54,19 @@ def lost(o: Outcomes, thoughts: Sequence[Thought]) -> float:
     return float(np.mean([t.own.correct for t in thoughts])) - float(o.correct.mean())
 
 
-def chosen(apply: Apply, settings: Sequence[Any], held: Sequence[Thought]) -> Any:
-    """The setting that saves most on `held` within the tolerance; None (never close) where none saves anything."""
+def chosen(apply: Apply, settings: Sequence[Any], held: Sequence[Thought], cost: Cost | None = None) -> Any:
+    """The setting that saves most on `held` within the tolerance; None (never close) where none saves anything.
+
+    cost: tokens that it spends on its way, taken off; off spends none.
+    """
     best, most = None, 0.0
+    total = max(1, sum(t.used for t in held))
     for setting in settings:
-        o = outcomes(held, apply(setting, held))
-        if lost(o, held) <= TOLERANCE + 1e-12 and saved(o, held) > most:
-            best, most = setting, saved(o, held)
+        stops = apply(setting, held)
+        o = outcomes(held, stops)
+        gain = saved(o, held) - (0 if cost is None else cost(held, stops)) / total
+        if lost(o, held) <= TOLERANCE + 1e-12 and gain > most:
+            best, most = setting, gain
     return best
 
 
@@ -69,6 +80,7 @@ def row(name: str, setting: Any, o: Outcomes, thoughts: Sequence[Thought], extra
         "rule": name, "setting": setting, "n": len(thoughts), "accuracy": float(o.correct.mean()), "loss": loss,
         "loss_ci": list(ci), "tokens": float(o.used.mean()), "saved": saved(o, thoughts), "saved_ci": list(share),
         "fired": float(o.fired.mean()), "probe_tokens": extra / len(thoughts),
+        "net_tokens": float(np.mean(full) - o.used.mean()) - extra / len(thoughts),
         "goal": saved(o, thoughts) >= GOAL and loss <= TOLERANCE,
     }  # fmt: skip
 
@@ -93,7 +105,8 @@ def rules(held: Sequence[Thought]) -> dict[str, tuple[Apply, Sequence[Any]]]:
         for kind in ("answer node", "unchecked"):
             name = {"answer node": "margin of the answer node", "unchecked": "the same, monitors aside"}[kind]
             found[name] = each(Margin, lambda t, k=kind: margins(t, k)), grid(held, kind)
-    found["answer probability"] = each(AnswerProbability, with_answers), ANSWERS
+    for name in PROBING:
+        found[name] = each(AnswerProbability, with_answers), ANSWERS
     found["cut at a number"] = each(FixedCut, lambda t: t.views), CUTS
     found["cut per (family, level)"] = lambda price, ts: (
         [None] * len(ts) if price is None else by_table(held, ts, price)
@@ -102,10 +115,13 @@ def rules(held: Sequence[Thought]) -> dict[str, tuple[Apply, Sequence[Any]]]:
 
 
 def probes(thoughts: Sequence[Thought], stops: Stops) -> int:
-    """Tokens of the trial answers that answer probability makes on its way: one at each boundary up to its close."""
+    """Tokens of the trial answers that answer probability makes on its way: one at each boundary in front of its close.
+
+    The probe at the close itself is the answer that is given, and a thought's own end is no boundary: neither is extra.
+    """
     return sum(
         t.trials[p].tokens + 1 for t, stop in zip(thoughts, stops, strict=True) for p in t.boundaries
-        if stop is None or p <= stop
+        if stop is None or p < stop
     )  # fmt: skip
 
 
@@ -119,9 +135,10 @@ def compare(held: Sequence[Thought], thoughts: Sequence[Thought]) -> list[dict[s
     own = outcomes(thoughts, [None] * len(thoughts))
     found = [row("uncapped", None, own, thoughts)]
     for name, (apply, settings) in rules(held).items():
-        setting = chosen(apply, settings, held)
+        paid = probes if name in PROBING else None
+        setting = chosen(apply, settings, held, probes if name == NETTED else None)
         stops = apply(setting, thoughts)
-        extra = probes(thoughts, stops) if name == "answer probability" else 0
+        extra = 0 if paid is None or setting is None else paid(thoughts, stops)
         found.append(row(name, setting, outcomes(thoughts, stops), thoughts, extra))
     found.append(row("hindsight: first right boundary", None, outcomes(thoughts, earliest(thoughts)), thoughts))
     return found
@@ -202,11 +219,22 @@ def _messages(reasoner: Reasoner, thoughts: Sequence[Thought]) -> list[Thought] 
 
 
 def shown_rules(title: str, found: Sequence[dict[str, Any]]) -> None:
-    columns = ("rule", "setting (val)", "accuracy", "points lost", "think tokens", "saved", "closed early", "probes")
+    columns = (
+        "rule",
+        "setting (val)",
+        "accuracy",
+        "points lost",
+        "think tokens",
+        "saved",
+        "closed early",
+        "probes",
+        "net tokens",
+    )
     table(title, columns, [
         (r["rule"], shown(r["setting"]) if r["setting"] is not None else "–", r["accuracy"],
          f"{100 * r['loss']:.2f} {shown([100 * x for x in r['loss_ci']], 2)}", r["tokens"],
-         f"{100 * r['saved']:.1f} % {shown([100 * x for x in r['saved_ci']], 1)}", r["fired"], r["probe_tokens"])
+         f"{100 * r['saved']:.1f} % {shown([100 * x for x in r['saved_ci']], 1)}", r["fired"], r["probe_tokens"],
+         r["net_tokens"])
         for r in found
     ])  # fmt: skip
 

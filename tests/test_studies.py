@@ -21,7 +21,16 @@ from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("study_base", "study_thoughts", "study_slack", "study_heads", "study_savings", "study_domain", "study_running")
+NAMES = (
+    "study_base",
+    "study_thoughts",
+    "study_slack",
+    "study_heads",
+    "study_savings",
+    "study_domain",
+    "study_running",
+    "study_others",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +38,7 @@ def studies() -> Iterator[dict[str, Any]]:
     """The study modules by name, with benchmarks/ importable for as long as this file runs."""
     sys.path.insert(0, str(FOLDER))
     try:
-        yield {name: importlib.import_module(name) for name in (*NAMES, "study_smol", "studies")}
+        yield {name: importlib.import_module(name) for name in (*NAMES, "study_others", "study_smol", "studies")}
     finally:
         sys.path.remove(str(FOLDER))
 
@@ -141,24 +150,46 @@ def test_the_whole_comparison_runs_on_a_few_thoughts(
     rules = [row["rule"] for row in found["stopping"]]
     assert {"uncapped", "answer probability", "sure, gap to the promise, seed 0"} <= set(rules)
     assert found["boundaries"] == len(r.right_here(these)) and set(found["against"]) == {
-        "answer probability", "cut per (family, level)", "threshold, right here",
+        "answer probability", "answer probability, chosen net of probes", "cut per (family, level)",
+        "threshold, right here",
     }  # fmt: skip
     r._show({"stream": "x", "val_n": 8, "plans": {"verify": found}}, "verify")
     assert "Closing early, plan verify" in capsys.readouterr().out
 
 
 def test_the_learned_rule_is_compared_with_what_the_others_cost(studies: dict[str, Any]) -> None:
-    """Equal stops: no difference in tokens, but the other rule has paid for its probes."""
-    r = studies["study_running"]
+    """Equal stops: no difference in tokens, but the other rule has paid for its probes, not for its answer."""
+    r, t = studies["study_running"], studies["study_thoughts"]
     good = [made(studies, "a", dict.fromkeys((2, 4, 16, 32, 64, 128), True), {2: 3.0, 4: 1.0}, 10) for _ in range(8)]
     rules = r.Stopping(good, good)
     rules.scalars()
     stops = rules.stops["answer probability"]
     found = rules.against(stops, "answer probability")
-    assert stops == [2] * 8 and found["saved"][0] == 0 and found["saved_net"][0] == pytest.approx(3 / 10)
+    assert stops == [2] * 8 and found["saved"][0] == found["saved_net"][0] == 0, "its one probe is the answer"
     assert found["accuracy"][0] == 0
-    later = rules.against([4] * 8, "answer probability")
-    assert later["saved"][0] == pytest.approx(-0.2) and later["saved_net"][0] == pytest.approx(0.1)
+    slow = [replace(x, trials={**x.trials, 2: t.Trial(False, -3.0, 2)}) for x in good]
+    rules = r.Stopping(slow, slow)
+    rules.scalars()
+    assert rules.stops["answer probability"] == [4] * 8
+    found = rules.against([4] * 8, "answer probability")
+    assert found["saved"][0] == 0 and found["saved_net"][0] == pytest.approx(3 / 10), "the probe at 2: answer and tag"
+    later = rules.against([4] * 8, "cut per (family, level)")
+    assert later["saved"] == later["saved_net"], "a rule that probes nothing"
+
+
+def test_a_rival_that_spends_more_than_it_saves_is_switched_off(studies: dict[str, Any]) -> None:
+    """One probe of 21 tokens in front of a close that saves 6: chosen net of probes, the rule is off and costs 0."""
+    r, t = studies["study_running"], studies["study_thoughts"]
+    one = made(studies, "a", dict.fromkeys((2, 4, 16, 32, 64, 128), True), {2: 3.0, 4: 1.0}, 10)
+    dear = [replace(one, trials={**one.trials, 2: t.Trial(False, -3.0, 20)}) for _ in range(8)]
+    rules = r.Stopping(dear, dear)
+    rules.scalars()
+    told = {row["rule"]: row for row in rules.rows}
+    assert told["answer probability"]["probe_tokens"] == 21 and told["answer probability"]["net_tokens"] == 6 - 21
+    off = told["answer probability, chosen net of probes"]
+    assert (off["setting"], off["net_tokens"], off["probe_tokens"]) == (None, 0, 0)
+    found = rules.against([4] * 8, "answer probability, chosen net of probes")
+    assert found["saved_net"][0] == found["saved"][0] == pytest.approx(0.6), "never more than what is saved"
 
 
 def test_the_setting_saves_most_within_the_tolerance(studies: dict[str, Any]) -> None:
@@ -174,7 +205,8 @@ def test_the_setting_saves_most_within_the_tolerance(studies: dict[str, Any]) ->
     assert (found["saved"], found["fired"]) == (pytest.approx(0.8), 1.0) and found["loss"] == pytest.approx(0.1)
     assert not found["goal"]
     assert s.earliest([good[0], bad]) == [2, 4]
-    assert s.probes([bad], [4]) == 2 * (2 + 1)
+    assert s.probes([bad], [4]) == 2 + 1, "the probe at 4 is the answer itself"
+    assert s.probes([bad], [None]) == 2 * (2 + 1)
 
 
 def test_the_table_of_cuts_is_not_chosen_in_sample(studies: dict[str, Any]) -> None:
@@ -244,3 +276,31 @@ def test_without_a_study_it_says_what_there_is(studies: dict[str, Any], capsys: 
     """`make bench` runs every script of the folder."""
     studies["studies"].main([])
     assert "slackstop" in capsys.readouterr().out
+
+
+def test_the_other_outputs_are_compared_in_pairs(studies: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that differ by noise alone: an interval of some width, and none where every choice is the same; heads that
+    always take the worse plan lose what it loses."""
+    o, rng = studies["study_others"], np.random.default_rng(3)
+    monkeypatch.setattr(o, "DRAWS", 60)
+    n, plans = 400, ("direct", "steps")
+    right = np.stack([rng.random(n) < 0.5, rng.random(n) < 0.9], 1)
+
+    def read(choice: float) -> dict[str, Any]:
+        noise = rng.normal(size=(n, 2))
+        return {
+            "plans": plans, "family": ("a", "b") * (n // 2), "correct": right, "closed": np.ones((n, 2), bool),
+            "used": np.tile([0, 20], (n, 1)) + rng.integers(0, 4, (n, 2)), "conf_before": right + noise,
+            "conf_after": right + noise, "plan_probs": np.tile([0.5, 0.5], (n, 1)), "budget_raw": 3.0 + 0.1 * noise,
+            "solve": np.stack([np.zeros(n), np.full(n, choice)], 1), "cost": np.tile([0.0, 3.0], (n, 1)),
+        }  # fmt: skip
+
+    label = np.where(right[:, 0], 0, np.where(right[:, 1], 1, -1))
+    same = o.compared({"old": [read(9.0), read(9.0)], "new": [read(9.0), read(9.0)]}, label, 1e-3)
+    assert same["accuracy"]["over_problems"] == [0.0, 0.0], "the same choice on every problem"
+    low, high = same["before_steps"]["over_problems"]
+    assert low < same["before_steps"]["difference"]["mean"] < high < low + 0.2, "around what was measured"
+    worse = o.compared({"old": [read(9.0)], "new": [read(-9.0)]}, label, 1e-3)["accuracy"]
+    assert worse["difference"]["mean"] == pytest.approx(right[:, 0].mean() - right[:, 1].mean())
+    assert worse["over_problems"][0] < worse["difference"]["mean"] < worse["over_problems"][1] < 0
+    o.show_others(same, n)
