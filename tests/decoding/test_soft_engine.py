@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from tests.decoding.test_engine import CASES, LEAN, requests
+from tests.decoding.test_sure import Closing
 from tests.decoding.tiny import ATOMIC, Tiny
 
+from gnomon.decoding.budget import SoftCause
 from gnomon.decoding.engine import Engine
-from gnomon.decoding.slack import LoopGuard, RuleConfig, Rules, SlackStop, SoftRule, rule
+from gnomon.decoding.slack import LoopGuard, RuleConfig, Rules, SlackStop, SoftRule, SoftView, rule
 from gnomon.protocol.layout import Layout
 from gnomon.protocol.trace import Request
 
@@ -94,3 +97,45 @@ def test_every_sample_has_rules_of_its_own() -> None:
     assert len(made) == 6
     apart = Engine(backbone, ATOMIC, max_batch=1, rules=rules).run([request])
     assert [t.ids for t in together] == [t.ids for t in apart]
+
+
+class Seen:
+    """A rule that keeps what it was shown."""
+
+    wants_answer = False
+
+    def __init__(self, margin: bool, confidence: bool) -> None:
+        self.wants_margin, self.wants_confidence, self.views = margin, confidence, list[SoftView]()
+
+    def look(self, view: SoftView) -> tuple[float, SoftCause | None]:
+        self.views.append(view)
+        return 0.0, None
+
+
+def test_what_no_rule_wants_is_not_computed() -> None:
+    """Margins only for rules that read them; a rule of confidence alone is asked only where one was read."""
+    backbone, asked = Tiny("wants", lean=STUBBORN), ask(4)
+    made = {r.id: Seen(margin=i == 0, confidence=i == 2) for i, r in enumerate(asked)}
+    mixed = {r.id: [made[r.id]] + ([Seen(False, False)] if i == 2 else []) for i, r in enumerate(asked)}
+    made["r3"].wants_confidence = True
+    Engine(backbone, ATOMIC, Closing({4: 0.6}), rules=lambda request: mixed[request.id]).run(asked)
+    weighs, plain, both, seldom = (made[r.id].views for r in asked)
+    assert len(weighs) > 20 and all(v.margin >= 0 for v in weighs) and any(v.boundary for v in weighs)
+    assert len(plain) > 20 and all(math.isnan(v.margin) for v in plain)
+    assert len(both) > 20, "with a rule beside it that sees every position, so does the other"
+    read = [v.used for v in both if not math.isnan(v.confidence)]
+    assert read and all(not math.isnan(v.confidence) for v in seldom) and 0 < len(seldom) < 20
+
+
+def test_a_push_without_a_margin_leans_only_where_the_tag_was_not_the_choice() -> None:
+    """A rule may push without reading the margin; whose close it was is told all the same."""
+
+    class Push(Seen):
+        def look(self, view: SoftView) -> tuple[float, SoftCause | None]:
+            return (1e-6 if view.used < 6 else 60.0), None
+
+    asked = ask(8)
+    traces = Engine(Tiny("push", lean={2: 6.0}), ATOMIC, rules=lambda request: [Push(False, False)]).run(asked)
+    assert {"natural"} <= {t.stop for t in traces if t.used < 6} and all(t.used <= 7 for t in traces)
+    late = Engine(Tiny("push", lean=STUBBORN), ATOMIC, rules=lambda request: [Push(False, False)]).run(asked)
+    assert {t.stop for t in late if t.used >= 6} == {"slack"}

@@ -130,3 +130,30 @@ def test_real_heads_close_alike_in_c_and_in_torch(native: bool) -> None:
     want = [next((u for u, _, c in t.running if c is not None and c >= at and u < t.used), t.used) for t in traces]
     closed = Engine(backbone, layout, decider, rules=factory(Sure(1.0, at))).run(asked)
     assert [t.used for t in closed] == want and want != [t.used for t in traces]
+
+
+def test_a_grant_asks_for_the_whole_thought_and_not_for_closing_here() -> None:
+    """Low confidence in closing here says that the answer is not there yet, not that the thought will fail."""
+    backbone, ask = Tiny("grant", lean={**ENDLESS, 10: 2.5}), replace(ASK, temperature=1.0, budget="predicted")
+    plain, granted = replace(ask, id="plain"), replace(ask, id="granted", grant=5)
+
+    class Doubt(Closing):
+        """Needs 50 more tokens, sure of the whole thought as it was told."""
+
+        promise = 0.95
+
+        def budget(self, taps: Tensor, plans: Sequence[str], predicted_plans: object = None) -> list[Said]:
+            said = super().budget(taps, plans, predicted_plans)
+            return [replace(each, promised=self.promise, predicted=8.0, clipped=8) for each in said]
+
+        def running(
+            self, taps: Tensor, plans: Sequence[str], used: Sequence[int], calibrated: object = None
+        ) -> list[Said]:
+            return [replace(each, upper=50) for each in super().running(taps, plans, used, calibrated)]
+
+    sure, unsure = Doubt(), Doubt()
+    unsure.promise = 0.3
+    for layer, used in ((sure, 8), (unsure, 13)):
+        one, two = Engine(backbone, ATOMIC, layer, running=True).run([plain, granted])
+        assert one.running and all(c is not None and c < 0.5 for _, _, c in two.running)
+        assert (one.used, two.used) == (8, used)

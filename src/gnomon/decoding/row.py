@@ -34,6 +34,7 @@ class Row:
         "_answer_rule",
         "_answer_state",
         "_eos",
+        "_seldom",
         "_stray_rules",
         "_stray_state",
         "after",
@@ -73,6 +74,7 @@ class Row:
         "think_end",
         "think_start",
         "watched",
+        "weighs",
         "wished",
     )  # fmt: skip
 
@@ -112,6 +114,8 @@ class Row:
         self.running: list[tuple[int, float, float | None]] = []
         self.read_next = 0  # think tokens from which on a boundary is read again
         self.watched = any(rule.wants_confidence for rule in rules)  # every boundary is read
+        self.weighs = any(rule.wants_margin for rule in rules)  # its rules look at the logits
+        self._seldom = all(rule.wants_confidence and not rule.wants_margin for rule in rules)
         self.sure = math.nan  # confidence read at the last token, NaN where none was
         self.tapped = ""  # the site whose state is wanted when the present token is fed
         self.sink: Sink | None = None
@@ -122,6 +126,11 @@ class Row:
         self._stray_rules = [matcher(*tags) if tags else None for tags in stray]
         self._stray_state = 0
         self._eos = frozenset(layout.eos)
+
+    @property
+    def asks(self) -> bool:
+        """Whether a rule has something to look at here: those that want a confidence alone only where one was read."""
+        return not (self._seldom and math.isnan(self.sure))
 
     @property
     def promise(self) -> float:
@@ -222,10 +231,15 @@ class Row:
         self.sure = math.nan if choice.confidence is None else choice.confidence
 
     def estimate(self, choice: RunningChoice) -> None:
-        """The cap may fall to what is still needed here, or rise once by the grant."""
+        """The cap may fall to what is still needed here, or rise once by the grant.
+
+        A grant asks whether the whole thought may fail: what was promised of it, where the layer's confidence here is
+        that of closing here (low until the answer is there), else the confidence here.
+        """
         state, request = self.state, self.request
         need = state.used + choice.upper
-        doubtful = choice.confidence is not None and choice.confidence < request.grant_below
+        whole = choice.confidence if math.isnan(self.promise) else self.promise
+        doubtful = whole is not None and whole < request.grant_below
         if doubtful and request.grant and state.cap is not None and need > state.cap:
             if state.grant(request.grant, self.room.limit):
                 self.effective += state.granted

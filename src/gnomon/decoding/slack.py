@@ -42,8 +42,9 @@ NOTHING: Final[tuple[float, SoftCause | None]] = (0.0, None)
 class SoftView:
     """One think position of one row, before the token is chosen.
 
-    used: think tokens counted. cap: the present one. boundary: the last token ended or began a node. margin: best logit
-    minus that of the end tag's next token, ≥ 0; NaN where no rule wants it. last: the newest token of the block, -1 at
+    used: think tokens counted. cap: the present one. boundary: the last token ended a node, or the next one begins one
+    (atomic nodes: in the logits, hence False where no rule wants the margin). margin: best logit minus that of the end tag's next
+    token, ≥ 0; NaN where no rule wants it. last: the newest token of the block, -1 at
     the start. begun: tokens of an end tag that the model has begun. answer: length-normalised probability of a trial
     answer given here, NaN where none was made (replay only). confidence: the layer's calibrated probability that
     closing here gives a right answer; NaN where it is unknown or was not read (anywhere but behind a node boundary).
@@ -75,7 +76,10 @@ class SoftView:
 
 
 class SoftRule(Protocol):
-    """One running rule of one sample. wants_*: whether it reads these fields of the view."""
+    """One running rule of one sample. wants_*: whether it reads these fields of the view; margin: and `boundary`.
+
+    A row whose rules all want a confidence and no margin is asked only where one was read, others at every position.
+    """
 
     @property
     def wants_margin(self) -> bool: ...

@@ -29,7 +29,8 @@ class Request:
     think_prefix: think tokens that an earlier run has decided (resume): they are fed, not sampled again, and count.
     scope, spent: what the budget covers, and how many think tokens that scope has used before this request (see
     decoding.scope.Ledger). grant: think tokens that may be added once, above the prediction and never above a number
-    asked for, where a boundary reads a confidence below `grant_below`.
+    asked for, where a boundary reads a confidence below `grant_below` (a layer that says there whether closing is right
+    is asked for what it promised of the whole thought instead).
     """
 
     id: str
