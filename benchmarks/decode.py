@@ -29,7 +29,7 @@ from typing import Any
 import llamacpp
 import torch
 from common import Work, workload
-from layer import bench_layer, bench_layer_smollm2
+from layer import bench_layer, bench_layer_smollm2, bench_rules
 
 from gnomon.base import seeds
 from gnomon.decoding.engine import Engine
@@ -328,6 +328,7 @@ def main() -> None:
         for batch in (1, 32):
             body[f"layer_overhead_b{batch}"] = layer[f"heads_b{batch}"]["median"]
             body[f"whole_layer_overhead_b{batch}"] = layer[f"whole_b{batch}"]["median"]
+        body["rules"] = bench_rules(256 if full else 64, 40 if full else 20)
     if args.only in (None, "layer-smollm2"):
         layer = body["layer_smollm2"] = bench_layer_smollm2(40 if full else 20)
         body |= {f"layer_overhead_smollm2_b{batch}": layer[f"whole_b{batch}"]["median"] for batch in (1, 32)}

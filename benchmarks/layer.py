@@ -1,16 +1,18 @@
-"""What the metacognitive layer costs in decoding: reads, boundary reads, gate and adapters, on nano and on SmolLM2."""
+"""What the metacognitive layer costs in decoding: reads, boundary reads, gate and adapters, soft rules."""
 
 from __future__ import annotations
 
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from common import interval, workload
 
 from gnomon.base import seeds
 from gnomon.decoding.engine import Engine
+from gnomon.decoding.slack import FixedCut, Margin, RuleConfig, Rules, Sure, factory
 from gnomon.metacognition.calibration import BudgetClip, Card, Domain, Fitted, Quality, Running, Temperatures
 from gnomon.metacognition.config import MetacogConfig
 from gnomon.metacognition.decide import Decider
@@ -34,6 +36,75 @@ def bench_layer(n: int, repeats: int) -> dict[str, Any]:
         for kind in layers
         for batch, size in ((1, max(8, n // 8)), (32, n))
     }
+
+
+def bench_rules(n: int, repeats: int) -> dict[str, Any]:
+    """Cost of soft rules that never close, on the layer without them: the same requests, equal tokens.
+
+    cut: a rule is asked at every position. margin: it looks at the logits. sure: every boundary is read. The heads
+    stand in for some that were trained on trial answers: what is read costs the same.
+    """
+    reasoner = Reasoner.load("nano")
+    assert reasoner.decider is not None
+    decider = closing(reasoner.decider)
+    never = {"cut": FixedCut(10_000), "margin": Margin(0.0), "sure": Sure(-1.0, 1.0)}
+    return {
+        f"{name}_b{batch}": rule_cost(reasoner, decider, config, batch, thoughts(reasoner, size), repeats)
+        for name, config in never.items()
+        for batch, size in ((1, max(8, n // 8)), (32, n))
+    }
+
+
+def closing(decider: Decider) -> Decider:
+    """The layer as if its confidence at boundaries were that of closing there, for every plan that thinks."""
+    heads = MetacogHeads(decider.heads.config.model_copy(update={"closing": True})).eval()
+    heads.load_state_dict(decider.heads.state_dict())
+    card = decider.card
+    assert card is not None and card.running is not None
+    plans = tuple(name for name in card.plans if name != "direct")
+    running = card.running.model_copy(update={"closing_plans": plans})
+    return Decider(heads, card.model_copy(update={"running": running}))
+
+
+def thoughts(reasoner: Reasoner, size: int, plan: str = "verify", budget: int | None = 96) -> list[Request]:
+    """Requests that think for themselves, under a budget that few reach."""
+    work = workload(reasoner.codec.encode_prompt, size, "uniform")
+    return [
+        Request(str(i), p, plan=plan, budget=budget, use_prediction=False, max_answer_tokens=16)
+        for i, p in enumerate(work.prompts)
+    ]
+
+
+def rule_cost(
+    reasoner: Reasoner, decider: Decider, config: RuleConfig, batch: int, asked: Sequence[Request], repeats: int
+) -> dict[str, Any]:
+    """CPU seconds with the rule / without - 1 over interleaved pairs, beside the share of think tokens saved.
+
+    seconds: median of the CPU seconds without and with it; closed: share of thoughts that it closed.
+    """
+
+    def run(rules: Rules | None) -> tuple[float, list[Any]]:
+        engine = Engine(reasoner.backbone, reasoner.codec.layout, decider, max_batch=batch, rules=rules)
+        start = time.process_time()
+        traces = engine.run(asked)
+        return time.process_time() - start, traces
+
+    rules = factory(config)
+    plain, ruled = run(None)[1], run(rules)[1]
+    pairs = []
+    for i in range(repeats):
+        (on, _), (off, _) = [run(rules), run(None)] if i % 2 else [run(None), run(rules)][::-1]
+        pairs.append((on, off))
+    ratios = [on / off - 1.0 for on, off in pairs]
+    used, total = (sum(t.used for t in found) for found in (ruled, plain))
+    name = type(config).__name__
+    print(f"rule {name} b{batch}: {statistics.median(ratios):+.3f}, tokens {used / total - 1:+.3f}", file=sys.stderr)
+    return {
+        "median": statistics.median(ratios), "interval": list(interval(ratios)), "pairs": repeats,
+        "seconds": [statistics.median(off for _, off in pairs), statistics.median(on for on, _ in pairs)],
+        "saved": 1.0 - used / total, "closed": sum(t.stop == "confidence" for t in ruled) / len(ruled),
+        "reads": sum(len(t.running) for t in ruled) / len(ruled),
+    }  # fmt: skip
 
 
 def bench_layer_smollm2(repeats: int) -> dict[str, Any]:

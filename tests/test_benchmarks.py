@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from gnomon.decoding.slack import Sure
+from gnomon.reasoner import Reasoner
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -203,3 +206,15 @@ def test_the_mhc_study_pairs_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["ci"] == pytest.approx([-0.2 - half, -0.2 + half])
     assert found["p"] == pytest.approx(0.0742, abs=1e-4)  # t = 3.464 with two degrees of freedom
     assert study.summary(runs)["loss"]["plain"] == pytest.approx(3.225)
+
+
+def test_a_rule_is_measured_beside_what_it_saves(decode: Any) -> None:
+    """One that never closes saves nothing, one that closes at the first read saves; both have their seconds."""
+    layer = sys.modules["layer"]
+    reasoner = Reasoner.load("nano")
+    decider, asked = layer.closing(reasoner.decider), layer.thoughts(reasoner, 8)
+    never = layer.rule_cost(reasoner, decider, Sure(-1.0, 1.0), 8, asked, 3)
+    assert (never["saved"], never["closed"]) == (0.0, 0.0) and never["reads"] > 1
+    early = layer.rule_cost(reasoner, decider, Sure(1.0), 8, asked, 3)
+    assert early["saved"] > 0.3 and early["closed"] > 0.3 and early["reads"] < never["reads"]
+    assert all(x["pairs"] == 3 and min(x["seconds"]) > 0 for x in (never, early))
