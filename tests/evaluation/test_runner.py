@@ -13,6 +13,7 @@ from tests.training.test_thoughts import random_steerer
 from gnomon.attempts import Job, run
 from gnomon.base.errors import ModelError, UnknownNameError
 from gnomon.base.seeds import seed_torch
+from gnomon.decoding.slack import FixedCut, SlackStop, factory
 from gnomon.evaluation import runner
 from gnomon.evaluation.records import EvalRecord
 from gnomon.evaluation.sweep import Point, Sweep
@@ -130,6 +131,28 @@ def test_needs_and_sweeps_are_those_of_the_model_as_it_is_steered(reasoner: Reas
     assert [r.needed for r in records] == [a.trace.used for a in full] != [a.trace.used for a in bare]
     swept = runner.sweep_problems(acting, items, strategies=("verify",), budgets=(3, None), quiet=True)
     assert swept.used[:, 0, -1].tolist() == [a.trace.used for a in full]
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_a_sweep_under_rules_equals_direct_runs_under_them(reasoner: Reasoner, steered: bool) -> None:
+    """Also where a rule reads the budget: `slack` shortens thoughts that fit. A silent rule changes nothing."""
+    assert reasoner.decider is not None
+    heads, items, budgets = reasoner.decider.heads, problems("boolean", "test", "ruled", 8, (1, 2)), (0, 3, 9, 30, None)
+    plain = replace(reasoner, decider=Decider(heads, None, random_steerer(heads, 1.0))) if steered else reasoner
+    shape = (len(items), len(STRATEGIES), len(budgets))
+    jobs = [Job(p, s, b, use_prediction=False) for p in items for s in STRATEGIES for b in budgets]
+    bare = runner.sweep_problems(plain, items, budgets=budgets, quiet=True)
+    for rule, changes in ((SlackStop(1.0, 60.0), True), (FixedCut(3), True), (FixedCut(4000), False)):
+        ruled = replace(plain, rules=factory(rule))
+        swept = runner.sweep_problems(ruled, items, budgets=budgets, quiet=True)
+        direct = [g[0] for g in run(ruled, jobs)]
+        assert swept.correct.tolist() == np.array([a.correct for a in direct]).reshape(shape).tolist()
+        assert swept.used.tolist() == np.array([a.trace.used for a in direct]).reshape(shape).tolist()
+        assert (swept.points != bare.points) is changes
+    below = np.array([0, 3, 9, 30, 4000])
+    eased = replace(plain, rules=factory(SlackStop(1.0, 60.0)))
+    swept = runner.sweep_problems(eased, items, budgets=budgets, quiet=True)
+    assert ((swept.used < bare.used) & (bare.used[:, :, -1:] <= below)).any(), "no cut, and shorter all the same"
 
 
 def test_the_sweep_draws_its_constants_from_val_alone(reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,3 +100,19 @@ def test_too_few_trial_answers_leave_the_confidence_unknown() -> None:
     )
     running, report = fit_running(boundaries(4000, "both"), 0.9, few)
     assert running is not None and running.closing_plans == () and report is not None and report["auroc"] is None
+    assert report["missing"] == ["confidence of closing not calibrated: 7 of 20 right or wrong trial answers in a fold"]
+    running, report = fit_running(boundaries(60, "few"), 0.9, few)
+    assert running is None and report is not None and len(report["missing"]) == 2, "neither bound nor confidence"
+
+
+@pytest.mark.parametrize("n", [0, 60])
+def test_few_solved_rows_do_not_keep_the_confidence_of_closing(n: int) -> None:
+    """The bound and the scale stand on rows of their own: few problems solved, many trial answers."""
+    running, report = fit_running(boundaries(n, "few"), 0.9, closings(20000, "fit"))
+    both, _ = fit_running(boundaries(4000, "both"), 0.9, closings(20000, "fit"))
+    assert running is not None and both is not None and report is not None
+    names = {"temperature", "shift", "closing_plans", "whole_temperature", "whole_shift"}
+    assert running.model_dump(include=names) == both.model_dump(include=names)
+    assert running.upper(np.array([-20.0, 0.0, 9.0])).min() > 9_000_000, "no cap falls to an unknown remainder"
+    assert "remainder not calibrated: " in report["missing"][0] and "of 40 solved rows" in report["missing"][0]
+    assert len(report["missing"]) == 1 and report["ece"] < 0.02

@@ -59,6 +59,10 @@ def torn(folder: Path) -> None:
     (folder / FILE_NAME).write_text((folder / FILE_NAME).read_text()[:500])
 
 
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
 def narrow(body: Body) -> None:
     domain = body["domain"]
     domain["centres"] = [row[:5] for row in domain["centres"]]
@@ -77,8 +81,29 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no number": (config(lambda b: b["heads"].update(width="wide")), "heads"),
     "a card of another version": (card(lambda b: b.update(version=99)), "version 99 is not 1"),
     "a card with more": (card(lambda b: b.update(more=1)), "more: Extra inputs are not permitted"),
+    "a layer of another version": (
+        config(lambda b: b.update(version=7)), "_config.json is of version 7, and this gnomon reads version 1",
+    ),
+    "a layer without a version": (config(lambda b: b.pop("version")), "is of version None, and this gnomon reads"),
+    "a layer that is a list": (
+        lambda folder: write(folder / CONFIG_FILE, "[1]"), "metacognition_config.json holds a list, not an object",
+    ),
+    "a card that is a list": (lambda folder: write(folder / FILE_NAME, "[1]"), "it is one JSON object, not a list"),
     "a temperature below zero": (
-        card(lambda b: b["temperature"].update(before=-1.0)), "before: Input should be greater than 0; given '-1",
+        card(lambda b: b["temperature"].update(before=-1.0)), "before: Input should be greater than or equal to 0.01",
+    ),
+    "a temperature that flattens all": (
+        card(lambda b: b["running"].update(whole_temperature=1e300)), "whole_temperature: Input should be less than",
+    ),
+    "a shift that drowns all": (card(lambda b: b["shift"].update(before=1e308)), "before: Input should be less than"),
+    "a clip beyond all": (
+        card(lambda b: b["budget_clip"].update(operating_offset=1e6)), "operating_offset: Input should be less than",
+    ),
+    "a bound beyond all": (card(lambda b: b["running"].update(offset=1e6)), "running.offset: Input should be less"),
+    "a bound below all": (card(lambda b: b["running"].update(offset=-1e6)), "running.offset: Input should be greater"),
+    "a plan twice": (
+        card(lambda b: b["running"].update(closing_plans=["steps", "steps"])),
+        "closing_plans ('steps', 'steps') names a plan more than once",
     ),
     "a temperature that is no number": (
         card(lambda b: b["temperature"].update(after=float("nan"))), "after: Input should be a finite number",

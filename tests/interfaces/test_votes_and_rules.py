@@ -71,6 +71,24 @@ def test_rules_change_the_stops_and_bad_ones_teach(capsys: pytest.CaptureFixture
         assert code != 0 and told in err, text
 
 
+def test_rules_change_the_points_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("sweep", "--tasks", "chain", "--n", "4", "--levels", "2", "--val-n", "4", "--json")
+    plain, ruled = (json.loads(call(capsys, *words, *more)[1]) for more in ((), ("--rules", "cut:tokens=3")))
+    most = [max(p["tokens"] for p in body["points"]) for body in (plain, ruled)]
+    assert most[0] > 3 == most[1]
+    assert [p["budget"] for p in plain["points"]] == [p["budget"] for p in ruled["points"]]
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "sweep"])
+def test_a_rule_that_the_layer_cannot_serve_is_refused_before_anything_is_decoded(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gnomon.evaluation.runner.problems", lambda *_, **__: pytest.fail("drawn first"))
+    code, out, err = call(capsys, verb, "--n", "4", "--rules", "sure")
+    assert code != 0 and not out and "rule 'sure' needs" in err and "--trial-n" in err
+    assert len(err.strip().splitlines()) == 1, "no progress"
+
+
 def test_chat_keeps_one_budget_for_a_session(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

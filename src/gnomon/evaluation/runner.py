@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -192,10 +192,12 @@ def sweep_problems(
     """All budgets × strategies, greedy, from one uncapped pass.
 
     A row that closed within B is not decoded again for B; of a longer one the first B think tokens are kept and only
-    the answer is decoded.
+    the answer is decoded. Under soft rules, which may read budget and layer, every row that thinks is decoded from the
+    start at every budget.
     """
-    reasoner = reasoner.unpredicted()
-    # A layer that acts may know fewer plans than its base can write.
+    ruled = reasoner.rules is not None
+    reasoner = replace(reasoner, running=False, modulate=False) if ruled else reasoner.unpredicted()
+    # A layer that acts, or is asked by rules, may know fewer plans than its base can write.
     known = reasoner.codec.strategies if reasoner.decider is None else reasoner.decider.plans
     names = tuple(strategies or known)
     cells = [(s, i) for i in range(len(items)) for s in names]  # neighbours share a prompt, so they share its prefill
@@ -204,16 +206,19 @@ def sweep_problems(
         found = run(reasoner, jobs, max_batch=max_batch, on_done=bar.advance)
     traces = {cell: group[0].trace for cell, group in zip(cells, found, strict=True)}
     full = {cell: _outcome(group[0]) for cell, group in zip(cells, found, strict=True)}
-    over = [(s, i, b) for s, i in cells for b in budgets if b is not None and full[s, i].used > b]
+    over = [(s, i, b) for s, i in cells for b in budgets if b is not None and full[s, i].used > (0 if ruled else b)]
     with Progress(f"{title}: cut", len(over), quiet=quiet) as bar:
-        jobs = [_resumed(items[i], traces[s, i], b, b, "sweep") for s, i, b in over]
+        jobs = [_resumed(items[i], traces[s, i], b, 0 if ruled else b, "sweep") for s, i, b in over]
         found = run(reasoner, jobs, max_batch=max_batch, on_done=bar.advance)
     cut = {cell: _outcome(group[0]) for cell, group in zip(over, found, strict=True)}
+    # A rule only closes: a greedy thought of the same length is the same thought, cut by nothing.
+    cut = {(s, i, b): full[s, i] if o.used == full[s, i].used else o for (s, i, b), o in cut.items()}
     return run_sweep(
         names,
         lambda s: [full[s, i] for i in range(len(items))],
         lambda s, rows, b: [cut[s, i, b] for i in rows],
         budgets,
+        shortens=ruled,
     )
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gnomon.base.seeds import numpy_generator
 from gnomon.evaluation import metrics
 from gnomon.evaluation.scaling import conformal_offset, fit_scale, quality
-from gnomon.metacognition.calibration import Running, scaled
+from gnomon.metacognition.calibration import NO_BOUND, Running, scaled
 
 LEAST: Final = 40  # rows, and solved rows, of a fold below which there is nothing to promise
 MIN_LEVEL: Final = 0.95
@@ -74,14 +74,21 @@ def fit_running(
 
     level: of the operating clip; the bound covers max(level, 0.95) of the needs, because a cap that falls at every
     boundary takes the least of several bounds. closings: with them confidence is that of closing at the boundary, and
-    its scale and its numbers come from these rows. (None, None) with too few rows.
+    its scale and its numbers come from these rows alone, however few solved rows there are. `missing` in the report
+    says what was not calibrated, for want of how many rows. (None, None) with too few rows and no closings.
     """
     rows = rows.where(np.isfinite(rows.budget_raw) & np.isfinite(rows.conf_raw))
     level = max(level, MIN_LEVEL)
     side = _folds(rows.problem)
     halves = [rows.where(side == k) for k in (0, 1)]
-    if min(int(half.solved.sum()) for half in halves) < LEAST:
-        return None, None
+    fewest = min(int(half.solved.sum()) for half in halves)
+    if fewest < LEAST:
+        if closings is None:
+            return None, None
+        # What is still needed stays open; whether closing here is right is another question with rows of its own.
+        found = Running(offset=NO_BOUND, level=level, temperature=1.0, shift=0.0, n=0)
+        lack = f"remainder not calibrated: {fewest} of {LEAST} solved rows in a fold"
+        return _closing(found, {"n": len(side), "n_solved": int(rows.solved.sum()), "missing": [lack]}, closings)
     upper, prob = np.zeros(len(side), dtype=np.int64), np.zeros(len(side))
     for k in (0, 1):
         other = _fit(halves[1 - k], level)
@@ -99,12 +106,18 @@ def _folds(problem: Ints) -> Ints:
     return fold[np.searchsorted(names, problem)]
 
 
-def _closing(found: Running, report: dict[str, Any], closings: Closings) -> tuple[Running, dict[str, Any]]:
-    """The same bounds with the confidence of closing at the boundary; unknown (no plans) with too few labels."""
+def _closing(found: Running, report: dict[str, Any], closings: Closings) -> tuple[Running | None, dict[str, Any]]:
+    """The same bounds with the confidence of closing at the boundary; unknown (no plans) with too few labels.
+
+    None where there is neither bound nor confidence.
+    """
     side, prob = _folds(closings.problem), np.zeros(len(closings.problem))
     halves = [closings.where(side == k) for k in (0, 1)]
-    if min(min(int(half.right.sum()), int((~half.right).sum())) for half in halves) < LEAST // 2:
-        return found, {**report, "n_closing": len(prob), "ece": None, "brier": None, "auroc": None}
+    fewest = min(min(int(half.right.sum()), int((~half.right).sum())) for half in halves)
+    if fewest < LEAST // 2:
+        lack = f"confidence of closing not calibrated: {fewest} of {LEAST // 2} right or wrong trial answers in a fold"
+        told = {"n_closing": len(prob), "ece": None, "brier": None, "auroc": None}
+        return found if found.n else None, {**report, **told, "missing": [*report["missing"], lack]}
     for k in (0, 1):
         prob[side == k] = scaled(halves[k].conf_raw, *fit_scale(halves[1 - k].conf_raw, halves[1 - k].right))
     temperature, shift = fit_scale(closings.conf_raw, closings.right)
@@ -138,6 +151,7 @@ def _report(rows: Boundaries, upper: Ints, prob: Floats, level: float) -> dict[s
     first = np.log1p(np.maximum(np.expm1(np.minimum(rows.budget_before[held], 16.0)) - rows.used[held], 0.0))
     reached = quality(prob, rows.correct)
     return {
+        "missing": [],
         "n": len(prob),
         "n_solved": int(held.sum()),
         "level": level,

@@ -149,9 +149,11 @@ def run_sweep(
     cut_at: CutAt,
     budgets: Sequence[int | None] = BUDGETS,
     on_point: Callable[[int, int], object] | None = None,
+    shortens: bool = False,
 ) -> Sweep:
     """Sweep all budgets for all strategies over one list of problems that the callbacks know.
 
+    shortens: a budget may also shorten thoughts that it does not cut (soft rules that read it); all that think are cut.
     on_point(done, total) after every point. Raises DataError when a callback returns the wrong number of rows or a
     cut row exceeds its budget.
     """
@@ -163,7 +165,7 @@ def run_sweep(
         if not full:
             raise DataError("a sweep needs at least one problem")
         for budget in budgets:
-            rows = full if budget is None else _capped(strategy, full, budget, cut_at)
+            rows = full if budget is None else _capped(strategy, full, budget, cut_at, shortens)
             right = np.array([r.correct for r in rows])
             tokens = np.array([r.used for r in rows], dtype=np.int64)
             points.append(_point(strategy, budget, rows))
@@ -181,8 +183,10 @@ def run_sweep(
     )
 
 
-def _capped(strategy: str, full: Sequence[Outcome], budget: int, cut_at: CutAt) -> list[Outcome]:
-    over = [i for i, row in enumerate(full) if row.used > budget]
+def _capped(
+    strategy: str, full: Sequence[Outcome], budget: int, cut_at: CutAt, shortens: bool = False
+) -> list[Outcome]:
+    over = [i for i, row in enumerate(full) if row.used > (0 if shortens else budget)]
     again = list(cut_at(strategy, over, budget)) if over else []
     if len(again) != len(over):
         raise DataError(f"{strategy} at budget {budget}: {len(over)} rows to cut, {len(again)} came back")

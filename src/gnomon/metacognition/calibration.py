@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,13 @@ from gnomon.base.errors import CheckpointError, ModelError
 
 VERSION: Final = 1
 FILE_NAME: Final = "calibration.json"
+NO_BOUND: Final = 100.0  # an offset so large that the upper bound is above every cap
 Floats = NDArray[np.float64]
+
+# Fits keep temperatures in [1/20, 20]; the others only leave out what no fit of sound heads gives.
+Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
+Shift = Annotated[float, Field(ge=-1e4, le=1e4)]
+Offset = Annotated[float, Field(ge=-NO_BOUND, le=NO_BOUND)]
 
 
 class _Frozen(BaseModel):
@@ -33,15 +39,15 @@ class _Frozen(BaseModel):
 class Temperatures(_Frozen):
     """Divisors of the confidence logits, one for each place where confidence is read."""
 
-    before: float = Field(gt=0.0)
-    after: float = Field(gt=0.0)
+    before: Temperature
+    after: Temperature
 
 
 class Shifts(_Frozen):
     """What is added to the divided logits (Platt scaling): chosen plans are right more often than sampled ones."""
 
-    before: float = 0.0
-    after: float = 0.0
+    before: Shift = 0.0
+    after: Shift = 0.0
 
 
 class BudgetClip(_Frozen):
@@ -52,9 +58,9 @@ class BudgetClip(_Frozen):
     """
 
     tested_level: float = Field(default=0.90, gt=0.0, lt=1.0)
-    tested_offset: float
+    tested_offset: Offset
     level: float = Field(gt=0.0, le=1.0)
-    operating_offset: float
+    operating_offset: Offset
     n: int = Field(ge=1)
 
 
@@ -69,7 +75,7 @@ class Domain(_Frozen):
 
     centres: tuple[tuple[float, ...], ...]
     precision: tuple[tuple[float, ...], ...]
-    threshold: float = Field(gt=0.0)
+    threshold: float = Field(gt=0.0, le=1e9)
 
     @model_validator(mode="after")
     def _shapes(self) -> Domain:
@@ -104,20 +110,21 @@ class Domain(_Frozen):
 class Running(_Frozen):
     """Running estimates at node boundaries (row C8).
 
-    offset: in log1p(tokens), on the predicted remainder; with it `level` of the needs of solutions fit (n of them).
+    offset: in log1p(tokens), on the predicted remainder; with it `level` of the needs of solutions fit (n of them);
+    NO_BOUND where these were too few: the remainder may be anything.
     temperature, shift: of the confidence logit read there. closing_plans: that confidence is of closing at the
     boundary, and was fitted on trial answers under these plans; empty: it is of the whole thought. whole_temperature,
     whole_shift: of the confidence logit read before thinking, for the outcome without a cap under these plans.
     """
 
-    offset: float
+    offset: Offset
     level: float = Field(gt=0.0, lt=1.0)
-    temperature: float = Field(gt=0.0)
-    shift: float
-    n: int = Field(ge=1)
+    temperature: Temperature
+    shift: Shift
+    n: int = Field(ge=0)
     closing_plans: tuple[str, ...] = ()
-    whole_temperature: float = Field(default=1.0, gt=0.0)
-    whole_shift: float = 0.0
+    whole_temperature: Temperature = 1.0
+    whole_shift: Shift = 0.0
 
     def upper(self, raw: Floats) -> NDArray[np.int64]:
         """Predicted log1p(remaining tokens) [N] -> conformal upper bound in whole tokens [N]."""
@@ -165,7 +172,7 @@ class Card(_Frozen):
     plans: tuple[str, ...] = Field(min_length=1)
     cost_order: tuple[str, ...]
     plan_threshold: float = Field(gt=0.0, le=1.0)
-    plan_price: float | None = Field(default=None, ge=0.0)
+    plan_price: float | None = Field(default=None, ge=0.0, le=1.0)
     temperature: Temperatures
     shift: Shifts = Shifts()
     budget_clip: BudgetClip
@@ -182,6 +189,9 @@ class Card(_Frozen):
         if sorted(self.cost_order) != sorted(self.plans):
             raise ValueError(f"cost_order {self.cost_order} is not a permutation of plans {self.plans}")
         closing = () if self.running is None else self.running.closing_plans
+        for name, given in (("plans", self.plans), ("fitted_plans", self.fitted_plans), ("closing_plans", closing)):
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name} {given} names a plan more than once")
         foreign = [p for p in (*self.fitted_plans, *self.best_plan.values(), *closing) if p not in self.plans]
         if foreign:
             raise ValueError(f"plans {foreign} are not among {self.plans}")
@@ -221,6 +231,8 @@ class Card(_Frozen):
         path = path / FILE_NAME if path.is_dir() else path
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(body, dict):
+                raise TypeError(f"it is one JSON object, not a {type(body).__name__}")
             stored = body.pop("digest", None)
             card = cls.model_validate(body)
         except FileNotFoundError:

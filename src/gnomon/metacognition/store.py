@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
@@ -85,7 +85,7 @@ def load(folder: Path, base: str | None = None, tokenizer: str | None = None) ->
     if not path.is_file():
         return None
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = _readable(json.loads(path.read_text(encoding="utf-8")), path)
         config = MetacogConfig.model_validate(body["heads"])
         steering = SteerConfig.model_validate(body["steerer"]) if "steerer" in body else None
         made_on, written_by = str(body["base"]), body.get("tokenizer")
@@ -121,6 +121,19 @@ def load(folder: Path, base: str | None = None, tokenizer: str | None = None) ->
     if card is not None:
         _fits(card, config, folder / CARD_FILE)
     return Layer(heads, card, steerer, body.get("adaptation"))
+
+
+def _readable(body: Any, path: Path) -> dict[str, Any]:
+    """The config as it was read, if it is one and of the version that this code knows. Raises CheckpointError."""
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{path} holds a {type(body).__name__}, not an object; copy it again")
+    version = body.get("version")
+    if version != VERSION or not isinstance(version, int) or isinstance(version, bool):
+        raise CheckpointError(
+            f"{path} is of version {version!r}, and this gnomon reads version {VERSION}; use the gnomon that wrote it, "
+            "or train the layer again with `gnomon train metacog`"
+        )
+    return body
 
 
 def _fits(card: Card, config: MetacogConfig, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from gnomon.metacognition import store
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.problem import Problem
 from gnomon.training.labels import FACTS_FILE, LabelSet, cache_folder
-from gnomon.training.rollout import label
+from gnomon.training.rollout import label, label_trials
 from gnomon.training.thoughts import Thought
+from gnomon.training.trials import Trials
 
 LESSONS_FILE = "thoughts.json"
 _MASKS = ("inside", "think", "answer", "closed")
@@ -73,6 +75,34 @@ def labelled(
         )  # fmt: skip
     if folder is not None:
         found.save(folder)
+    return found
+
+
+def tried(
+    reasoner: Reasoner,
+    items: Callable[[], Sequence[Problem]],
+    title: str,
+    *,
+    strategies: Sequence[str],
+    cap: int | None,
+    max_batch: int,
+    n: int,
+    facts: Mapping[str, Any],
+    cache: Path | None = None,
+) -> Trials:
+    """Trial answers of `n` problems, as `labelled` gives labels; a stopped draw goes on with its finished parts."""
+    folder = None if cache is None else cache_folder(cache, facts)
+    if folder is not None and (folder / FACTS_FILE).is_file():
+        return Trials.load(folder)
+    parts = None if folder is None else folder / "parts"
+    with Progress(title, n * len(strategies)) as bar:
+        found = label_trials(
+            reasoner, items(), strategies=strategies, cap=cap, max_batch=max_batch, on_done=bar.advance,
+            meta=dict(facts), keep=parts,
+        )  # fmt: skip
+    if folder is not None and parts is not None:
+        found.save(folder)
+        shutil.rmtree(parts, ignore_errors=True)
     return found
 
 

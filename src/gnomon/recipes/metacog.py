@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from gnomon.attempts import Job, run
-from gnomon.base.config import Config, faults
-from gnomon.base.errors import ConfigError, DataError, ModelError, unknown
+from gnomon.base.config import Config
+from gnomon.base.errors import DataError, ModelError
 from gnomon.base.runs import Run
 from gnomon.base.seeds import derive
 from gnomon.base.telemetry import Progress
@@ -30,16 +30,16 @@ from gnomon.metacognition.heads import MetacogHeads
 from gnomon.metacognition.policy import GRID
 from gnomon.metacognition.steerer import SteerConfig
 from gnomon.reasoner import Reasoner, is_own
-from gnomon.recipes import draws, phases
+from gnomon.recipes import draws, metacog_checks, phases
 from gnomon.tasks.problem import Problem
 from gnomon.tasks.procedural import problems
 from gnomon.training.adapt import AdaptConfig
 from gnomon.training.head_rows import whole
 from gnomon.training.heads_fit import HeadsConfig, fit_heads, gauges, read_greedy, read_trials
-from gnomon.training.labels import FACTS_FILE, LabelSet, cache_folder
+from gnomon.training.labels import LabelSet
 from gnomon.training.phase_fit import PhaseConfig
 from gnomon.training.policy_rates import policy_rates
-from gnomon.training.rollout import label_trials, problem_id
+from gnomon.training.rollout import problem_id
 from gnomon.training.trials import Trials
 
 
@@ -123,25 +123,22 @@ def draw_labels(base: Reasoner, config: MetacogRunConfig, split: str, n: int, sa
     )  # fmt: skip
 
 
-def draw_trials(base: Reasoner, config: MetacogRunConfig, split: str, n: int, cache: Path | None) -> Trials:
-    """Trial answers at the boundaries of `n` problems of a split, from the cache when they were made before."""
-    strategies = config.strategies or base.codec.strategies
+def draw_trials(
+    base: Reasoner, config: MetacogRunConfig, split: str, n: int, cache: Path | None, plans: Sequence[str] | None = None
+) -> Trials:
+    """Trial answers at the boundaries of `n` problems of a split, from the cache when they were made before.
+
+    plans: in place of the strategies of the config.
+    """
+    strategies = tuple(plans or config.strategies or base.codec.strategies)
     facts = {
         **draws.acting(base), "trials": 1, "tasks": config.tasks, "split": split, "n": n, "levels": config.levels,
         "stream": config.stream, "cap": config.max_think, "strategies": strategies,
     }  # fmt: skip
-    folder = None if cache is None else cache_folder(cache, facts)
-    if folder is not None and (folder / FACTS_FILE).is_file():
-        return Trials.load(folder)
-    items = problems(config.tasks, split, config.stream, n, config.levels)
-    with Progress(f"trial answers ({split})", n * len(strategies)) as bar:
-        found = label_trials(
-            base, items, strategies=strategies, cap=config.max_think, max_batch=config.max_batch, on_done=bar.advance,
-            meta=facts,
-        )  # fmt: skip
-    if folder is not None:
-        found.save(folder)
-    return found
+    return draws.tried(
+        base, lambda: problems(config.tasks, split, config.stream, n, config.levels), f"trial answers ({split})",
+        strategies=strategies, cap=config.max_think, max_batch=config.max_batch, n=n, facts=facts, cache=cache,
+    )  # fmt: skip
 
 
 def calibrate(
@@ -190,7 +187,8 @@ def _closings(
     base: Reasoner, heads: MetacogHeads, config: MetacogRunConfig, cache: Path | None, greedy: dict[str, Any]
 ) -> Closings:
     """What the heads say at boundaries of up to `TRIAL_CALIBRATION` calibration problems, beside the trial answers."""
-    found = draw_trials(base, config, "calibration", min(config.calibration_n, TRIAL_CALIBRATION), cache)
+    n = min(config.calibration_n, TRIAL_CALIBRATION)
+    found = draw_trials(base, config, "calibration", n, cache, greedy["plans"])
     plans = tuple(name for k, name in enumerate(found.plans) if (found.plan == k).any())
     held = [greedy["plans"].index(name) for name in plans]
     return Closings(
@@ -232,13 +230,12 @@ def train(
             f"{config.base} is a layer that acts on its base (gate, adapters, an adaptation); a new one is trained on "
             "the base alone: name the base with --base"
         )
-    _check(base, config)
+    metacog_checks.check(base, config)
     if config.phases != "A":
         phases.check(base, config.steer, (config.b, config.c)[: len(config.phases) - 1])
     if config.labels is not None:
         labels = LabelSet.load(Path(config.labels))
-        if labels.meta.get("base") != base.base:
-            raise DataError(f"the labels in {config.labels} were made by another base than {config.base}; label again")
+        metacog_checks.same_kind(labels, base, config)
     else:
         labels = draw_labels(base, config, "train", config.label_n, config.samples, cache)
     trials = draw_trials(base, config, "train", config.trial_n, cache) if config.trial_n else None
@@ -263,18 +260,6 @@ def train(
         val = draw_labels(reasoner, config, "val", config.val_n, 0, cache)  # as the card has drawn them
         report = {**report, "telemetry": gauges(reasoner.decider.heads, whole(val))}  # type: ignore[union-attr]
     return Trained(reasoner, report, card_report, labels)
-
-
-def _check(base: Reasoner, config: MetacogRunConfig) -> None:
-    """Refuse strategies and blocks that are not there before anything is labelled."""
-    known = base.codec.strategies
-    for name in config.strategies or ():
-        if name not in known:
-            raise unknown("strategy", name, known)
-    try:
-        config.heads.metacog(base.backbone.n_layers, base.backbone.hidden_size, tuple(config.strategies or known))
-    except ValidationError as error:
-        raise ConfigError("heads: " + "; ".join(faults(error))) from None
 
 
 def _policy_rates(base: Reasoner, labels: LabelSet, config: MetacogRunConfig) -> Any:

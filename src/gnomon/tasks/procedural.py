@@ -151,6 +151,18 @@ def problems(
     Raises ConfigError when a task is asked for more problems than its split has distinct texts in these levels. A
     small level may repeat items before that (a stream draws with replacement); `evaluate` reports `unique_n`.
     """
+    return [source.draw(level, split, stream, index) for source, level, index in _cells(tasks, split, n, levels)]
+
+
+def check_room(tasks: str | Sequence[str] | Sequence[Source], split: str, n: int, levels: Sequence[int]) -> None:
+    """Raise what `problems` would where there are too few of them; nothing is drawn."""
+    _cells(tasks, split, n, levels)
+
+
+def _cells(
+    tasks: str | Sequence[str] | Sequence[Source], split: str, n: int, levels: Sequence[int]
+) -> list[tuple[Source, int, int]]:
+    """(source, level, index) of every problem."""
     check_split(split)
     if n < 1:
         raise ConfigError(f"n = {n}; ask for at least one problem")
@@ -176,4 +188,4 @@ def problems(
                 f"task {source.name!r} has {sum(r or 0 for r in rooms)} distinct {split} problems ({each}), but "
                 f"n = {n} asks for {count} of them; use a smaller n, other levels, or more tasks"
             )
-    return [source.draw(level, split, stream, index) for source, level, index in cells]
+    return cells

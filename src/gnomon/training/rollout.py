@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from gnomon.attempts import Attempt, Job, run
 from gnomon.reasoner import Reasoner
 from gnomon.tasks.problem import Problem
-from gnomon.training.labels import LabelledProblem, LabelSet, Rollout, StrategyLabels
+from gnomon.training.labels import FACTS_FILE, LabelledProblem, LabelSet, Rollout, StrategyLabels
 from gnomon.training.trials import Trials
 
 TEMPERATURE = 0.8
@@ -111,35 +112,59 @@ def label_trials(
     max_batch: int = 64,
     on_done: Callable[[int], object] | None = None,
     meta: dict[str, Any] | None = None,
+    keep: Path | None = None,
 ) -> Trials:
     """Greedy thoughts of all strategies, and an answer at every node boundary inside them.
 
-    on_done(n): thoughts that have all their answers. Strategies that do not think have no rows.
+    on_done(n): thoughts that have all their answers. keep: a folder of this draw alone, where every finished part is
+    kept, so that a stopped one goes on with those it has. Strategies that do not think have no rows. Raises DataError
+    where no thought has any.
     """
     names = tuple(strategies or reasoner.codec.strategies)
     bare = reasoner.unpredicted()
-    rows: list[tuple[Any, ...]] = []
+    told = {"base": reasoner.base, **(meta or {})}
+    parts = []
     for start in range(0, len(problems), _TRIAL_CHUNK):
-        part = range(start, min(start + _TRIAL_CHUNK, len(problems)))
-        places = [(i, k) for i in part for k in range(len(names))]
-        jobs = [Job(problems[i], names[k], cap, use_prediction=False, seed="trials") for i, k in places]
-        thoughts = [group[0] for group in run(bare, jobs, max_batch=max_batch, all_boundaries=True)]
-        inside = [[b for b in a.trace.boundaries or () if b[0] < a.trace.used] for a in thoughts]
-        cuts = [
-            (problems[i], names[k], a.trace.think_ids[:used])
-            for (i, k), a, found in zip(places, thoughts, inside, strict=True)
-            for used, _ in found
-        ]
-        answers = iter(trial_answers(bare, cuts, max_batch))
-        for (i, k), a, found in zip(places, thoughts, inside, strict=True):
-            rows += [(taps, used, next(answers).correct, i, k, a.trace.used, a.correct) for used, taps in found]
+        items = problems[start : start + _TRIAL_CHUNK]
+        place = None if keep is None else keep / f"{start}-{start + len(items)}"
+        if place is not None and (place / FACTS_FILE).is_file():
+            parts.append(Trials.load(place))
+        else:
+            parts.append(_trial_part(bare, items, names, cap, max_batch, told))
+            if place is not None:
+                parts[-1].save(place)
         if on_done is not None:
-            on_done(len(thoughts))
+            on_done(len(items) * len(names))
+    return Trials.joined(parts)
+
+
+def _trial_part(
+    bare: Reasoner,
+    problems: Sequence[Problem],
+    names: tuple[str, ...],
+    cap: int | None,
+    max_batch: int,
+    meta: dict[str, Any],
+) -> Trials:
+    """The trial answers of a few problems; problem counts from the first of them."""
+    rows: list[tuple[Any, ...]] = []
+    places = [(i, k) for i in range(len(problems)) for k in range(len(names))]
+    jobs = [Job(problems[i], names[k], cap, use_prediction=False, seed="trials") for i, k in places]
+    thoughts = [group[0] for group in run(bare, jobs, max_batch=max_batch, all_boundaries=True)]
+    inside = [[b for b in a.trace.boundaries or () if b[0] < a.trace.used] for a in thoughts]
+    cuts = [
+        (problems[i], names[k], a.trace.think_ids[:used])
+        for (i, k), a, found in zip(places, thoughts, inside, strict=True)
+        for used, _ in found
+    ]
+    answers = iter(trial_answers(bare, cuts, max_batch))
+    for (i, k), a, found in zip(places, thoughts, inside, strict=True):
+        rows += [(taps, used, next(answers).correct, i, k, a.trace.used, a.correct) for used, taps in found]
     taps, *facts = zip(*rows, strict=True) if rows else ((),) * 7
     used, right, problem, plan, total, final = (np.asarray(column, dtype=np.int64) for column in facts)
     return Trials(
         names, tuple(map(problem_id, problems)), np.asarray(taps, dtype=np.float32), used, right.astype(np.bool_),
-        problem, plan, total, final.astype(np.bool_), {"base": reasoner.base, **(meta or {})},
+        problem, plan, total, final.astype(np.bool_), meta,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ R rows: every boundary inside uncapped greedy thoughts · L layers · C hidden s
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +32,8 @@ class Trials:
 
     plans: order of `plan`; problems: ids (`rollout.problem_id`). taps [R, L, C] at the boundary, used [R] think tokens
     there, right [R]: closed there the answer is right. problem, plan [R]: indices. total, final [R]: think tokens of
-    the whole thought, and whether its own answer is right. Rows of one thought stand together, in order.
+    the whole thought, and whether its own answer is right. Rows of one thought stand together, in order; a part of a
+    draw may have none.
     """
 
     plans: tuple[str, ...]
@@ -46,8 +48,6 @@ class Trials:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not len(self.taps):
-            raise DataError("no thought has a node boundary, so there is no place for a trial answer")
         for name in _ROWS:
             if getattr(self, name).shape != (len(self.taps),):
                 raise DataError(f"{name} must be [{len(self.taps)}], got {list(getattr(self, name).shape)}")
@@ -60,6 +60,25 @@ class Trials:
         body = {"version": 1, "trials": True, "plans": self.plans, "problems": self.problems, "meta": self.meta}
         write_atomic(folder / FACTS_FILE, json.dumps(body) + "\n")
         return folder
+
+    @classmethod
+    def joined(cls, parts: Sequence[Trials]) -> Trials:
+        """The rows of parts of one draw, made under the same plans, one part behind the other.
+
+        Raises DataError where none of them has a row.
+        """
+        held = [part for part in parts if len(part.taps)]
+        if not held:
+            raise DataError("no thought has a node boundary, so there is no place for a trial answer")
+        ids: list[str] = []
+        rows: dict[str, list[Any]] = {name: [] for name in ("taps", *_ROWS)}
+        for part in parts:
+            for name in rows if len(part.taps) else ():
+                rows[name].append(getattr(part, name))
+            if len(part.taps):
+                rows["problem"][-1] = part.problem + len(ids)
+            ids += part.problems
+        return cls(held[0].plans, tuple(ids), meta=held[0].meta, **{k: np.concatenate(v) for k, v in rows.items()})
 
     @classmethod
     def load(cls, folder: Path) -> Trials:

@@ -52,7 +52,25 @@ class Draw:
                 f"{self.model} has no decoding policy for --modulate; train one: "
                 "gnomon train metacog --policy-samples 3"
             )
-        return replace(found, rules=rules, running=self.running, modulate=self.modulate), chosen
+        found = replace(found, rules=rules, running=self.running, modulate=self.modulate)
+        _check_rules(found)
+        return found, chosen
+
+
+def _check_rules(reasoner: Reasoner) -> None:
+    """Refuse rules that this model cannot serve before anything is decoded."""
+    if reasoner.rules is None:
+        return
+    request = reasoner.request("rules", "?", plan=reasoner.codec.strategies[0], budget=None)
+    layer = reasoner.decider
+    asked = any(rule.wants_confidence for rule in reasoner.rules(request))
+    if asked and layer is not None and layer.heads.config.closing and not layer.closes:
+        raise ModelError(
+            f"rule 'sure' needs the calibrated confidence of closing at boundaries; the layer of {reasoner.name} has "
+            "learned it, but too few trial answers were there to calibrate it: run `gnomon calibrate --model "
+            f"{reasoner.name} --n 1000`"
+        )
+    reasoner.engine(1).session().rows_of(request)
 
 
 def evaluate(
@@ -139,6 +157,8 @@ _SHOWN = (
 def sweep(*, draw: Draw = Draw(), stream: str = "sweep", val_n: int = 200, csv: Path | None = None) -> None:
     """Quality against budget: 8 budgets x all strategies, greedy, beside the prediction and the fixed policies.
 
+    With --rules every point is decoded under them, at every budget anew (several times the work of a plain sweep).
+
     Args:
         stream: Names the draw; another name, other problems of the same split.
         val_n: Problems of the val split on which the fixed policies are chosen.
@@ -212,3 +232,5 @@ def calibrate(
         return
     rows = [(k, v) for k, v in report.items() if isinstance(v, (int, float))]
     console.table(f"{model / FILE_NAME}", ("what", "value"), rows)
+    for lack in (report["running"] or {}).get("missing", ()):
+        console.say(lack)

@@ -231,4 +231,5 @@ def metacog(
         console.emit_json({"run": str(folder), "summary": outcome.summary, "seconds": outcome.seconds})
         return
     console.table("What this run shows", claims.COLUMNS, claims.claims(outcome))
-    console.say(f"model:  {folder / 'model'}\nreport: {page}")
+    lacks = "".join(f"{lack}\n" for lack in (outcome.trained.card_report["running"] or {}).get("missing", ()))
+    console.say(f"{lacks}model:  {folder / 'model'}\nreport: {page}")
