@@ -226,7 +226,7 @@ class Sure:
     fitted for) the rule is silent. It costs one read of the heads a boundary and no extra pass.
     """
 
-    gap: float = 0.02
+    gap: float = 0.03
     threshold: float = 0.0
     wants_margin = wants_answer = False
     wants_confidence = True

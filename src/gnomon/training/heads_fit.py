@@ -184,12 +184,9 @@ def fit_heads(
     report = {
         **{name: evaluate_heads(heads, rows, config.weights) for name, rows in (("train", train), ("val", val))},
         **{name: result[name] for name in ("steps", "seconds")},
-        "best_step": best["step"],
-        "parameters": sum(p.numel() for p in heads.parameters()),
-        "curve": curve,
-        "telemetry": gauges(heads, val),
-        "labels": labels.summary(),
-    }
+        "best_step": best["step"], "parameters": sum(p.numel() for p in heads.parameters()),
+        "curve": curve, "telemetry": gauges(heads, val), "labels": labels.summary(),
+    }  # fmt: skip
     return heads.cpu(), report
 
 
