@@ -43,12 +43,12 @@ class SoftView:
     """One think position of one row, before the token is chosen.
 
     used: think tokens counted. cap: the present one. boundary: the last token ended a node, or the next one begins one
-    (atomic nodes: in the logits, hence False where no rule wants the margin). margin: best logit minus that of the end tag's next
-    token, ≥ 0; NaN where no rule wants it. last: the newest token of the block, -1 at
-    the start. begun: tokens of an end tag that the model has begun. answer: length-normalised probability of a trial
-    answer given here, NaN where none was made (replay only). confidence: the layer's calibrated probability that
-    closing here gives a right answer; NaN where it is unknown or was not read (anywhere but behind a node boundary).
-    promise: its probability, before thinking, that the whole thought does; NaN where it is unknown.
+    (atomic nodes: in the logits, hence False where no rule wants the margin). margin: best logit minus that of the end
+    tag's next token, ≥ 0; NaN where no rule wants it. last: the newest token of the block, -1 at the start. begun:
+    tokens of an end tag that the model has begun. answer: length-normalised probability of a trial answer given here,
+    NaN where none was made (replay only). confidence: the layer's calibrated probability that closing here gives a
+    right answer; NaN where it is unknown or was not read (anywhere but behind a node boundary). promise: its
+    probability, before thinking, that the whole thought does; NaN where it is unknown.
     """
 
     used: int
