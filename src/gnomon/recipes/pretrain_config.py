@@ -279,9 +279,9 @@ def given(key: str, origins: Mapping[str, str]) -> bool:
     return origins.get(key, "preset") not in ("preset", "derived")
 
 
-def data_folder(run: Path, corpus: CorpusConfig, changed: Iterable[str]) -> Path:
+def data_folder(run: Path, corpus: CorpusConfig, remixed: bool) -> Path:
     """Where a run keeps the records that it makes: `data`, or beside it when a resumed run has another mixture."""
-    if not any(line.startswith(CORPUS) for line in changed):
+    if not remixed:
         return run / "data"
     text = json.dumps(corpus.model_dump(mode="json"), sort_keys=True)
     return run / f"data-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

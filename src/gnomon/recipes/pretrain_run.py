@@ -235,11 +235,11 @@ def _records(
     """
     if config.text.given:
         return folder / "data", config
-    place = data or _data_of(start) or data_folder(folder, config.corpus, start.changed)
+    place = data or _data_of(start) or data_folder(folder, config.corpus, start.remixed)
     ready = corpus_config(place, config.corpus.split) if team.leader else None
     if ready is not None and ready != config.corpus:
         if place == folder / "data":
-            place = data_folder(folder, config.corpus, [CORPUS])
+            place = data_folder(folder, config.corpus, remixed=True)
             ready = None
         else:
             old, new = ready.model_dump(), config.corpus.model_dump()
@@ -257,10 +257,8 @@ def _records(
 
 def _data_of(start: Start) -> Path | None:
     """The corpus that a checkpoint was trained on, where it still is and still wanted."""
-    if any(line.startswith(CORPUS) for line in start.changed):
-        return None
     place = Path(str(start.facts.get("data_folder", "")))
-    return place if start.checkpoint and (place / MODEL_FILE).is_file() else None
+    return place if start.checkpoint and not start.remixed and (place / MODEL_FILE).is_file() else None
 
 
 def _data(

@@ -21,7 +21,7 @@ from gnomon.model.folder import WEIGHTS, check_decoder, load_decoder, save_decod
 from gnomon.reasoner import shipped
 from gnomon.recipes.logic_check import logic_check
 from gnomon.recipes.pretrain import Objective, step_losses
-from gnomon.recipes.pretrain_config import PretrainRunConfig
+from gnomon.recipes.pretrain_config import CORPUS, PretrainRunConfig
 from gnomon.training import optim
 from gnomon.training.ema import Ema
 from gnomon.training.loop import Loss
@@ -45,6 +45,11 @@ class Start:
     @property
     def step(self) -> int:
         return int(self.facts.get("step", 0))
+
+    @property
+    def remixed(self) -> bool:
+        """Whether the run goes on with another mixture than the checkpoint's."""
+        return any(line.startswith(CORPUS) for line in self.changed)
 
 
 def start_at(path: str | Path | None, changed: Sequence[str] = (), skipped: Sequence[tuple[str, str]] = ()) -> Start:
@@ -161,20 +166,19 @@ class Pretraining:
         resumable(folder)
 
     def restore(self, folder: Path | None) -> None:
-        place = Start(folder).checkpoint
-        fresh = self._model(place)
+        fresh = self._model(folder)
         current = self.model.state_dict()
         with torch.no_grad():
             for name, value in fresh.state_dict().items():
                 current[name].copy_(part_like(value, current[name]))
-        if place is None:
+        if folder is None:
             for optimizer in self.optimizers:
                 optimizer.state.clear()
             self.average = Ema(self.model, self.config.ema) if self.config.ema else None
             self.cursor = {}
             self.source.seek(0, {})
         else:
-            self._take_back(place)
+            self._take_back(folder)
 
     def _take_back(self, folder: Path) -> None:
         """Optimisers, average and data as in a checkpoint; what is passed over behind it, the source draws."""

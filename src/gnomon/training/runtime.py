@@ -281,10 +281,9 @@ class Runtime:
         self.ballast.free()
         saved = None
         with contextlib.suppress(GnomonError, OSError):
-            gathered, place = self.trainee.gathered(), self.run
-            with checkpoint.publish(place.checkpoints, self.at.step) as folder:
-                self.trainee.write(folder, gathered, asdict(self.at))
-                copy_provenance(place.folder, folder)
+            gathered = self.trainee.gathered()
+            with checkpoint.publish(self.run.checkpoints, self.at.step) as folder:
+                self._write(self.run, folder, gathered)
             saved = f"checkpoint-{self.at.step}"
         told = f"{saved} was saved in the space that was held for it" if saved else "nothing more could be saved"
         return DiskFullError(f"{error}; {told}", saved)
@@ -308,8 +307,7 @@ class Runtime:
         at, root = self.at, run.checkpoints
 
         def write(folder: Path) -> None:
-            self.trainee.write(folder, gathered, asdict(at))
-            copy_provenance(run.folder, folder)
+            self._write(run, folder, gathered)
 
         def tell(what: str) -> None:
             self._emit("checkpoint/disk", level="warning", what=what)
@@ -322,6 +320,11 @@ class Runtime:
         checkpoint.prune(root, self.pace.keep, every=self.pace.keep_every, protect=self.protected)
         if self.ballast and not last and not self.ballast.hold(size_of(place)):
             self._emit("checkpoint/disk", level="warning", what="no room to reserve for the last checkpoint")
+
+    def _write(self, run: Run, folder: Path, gathered: Any) -> None:
+        """Everything of a checkpoint, into a folder that is not published yet."""
+        self.trainee.write(folder, gathered, asdict(self.at))
+        copy_provenance(run.folder, folder)
 
     # --- commands ----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from gnomon.base.atomic import disk_error
+from gnomon.base.atomic import FULL, disk_error
 from gnomon.base.errors import CheckpointError
 from gnomon.interfaces import console, options
 
@@ -127,7 +127,7 @@ def _new_run(name: str, config: Any, root: Path) -> Path:
 
 
 _METACOG_FLAGS = ("base", "device", "run", "config", "runs", "dry-run", "json")
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_CANNOT_WRITE = (*FULL, errno.EROFS)
 
 
 def _go_on(place: Path | None) -> str:
