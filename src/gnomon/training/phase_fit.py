@@ -92,8 +92,7 @@ def fit_phase(
     name: str,
     on_step: Callable[[int, dict[str, Any]], bool | None] | None = None,
 ) -> dict[str, Any]:
-    """One round of steps, in place. rows: labelled states of the model as it is, on its device; name: of the random
-    stream.
+    """One round of steps, in place. rows: labelled states of the model, on its device. name: of the random streams.
 
     Every row of `on_step` has all losses by name and the gauges of gate and adapters, some have those of the heads.
     Returns the loop's report with `telemetry` (the last gauges of both) and `curve` (some of the rows). Raises
@@ -102,67 +101,52 @@ def fit_phase(
     if not thoughts:
         raise DataError("no rollout of this round was right, so there is nothing to learn from; draw more problems")
     with beside(lm, heads, steerer):
-        return _fit(lm, heads, steerer, adapted, thoughts, rows, config, head_weights, pad, name, on_step)
+        average = _average(config, steerer, heads, lm.module)
+        draw, noise = torch_generator("phase-rows", name), torch_generator("phase-gates", name)
+        gauges: dict[str, float] = {}  # of gate and adapters at the last step
+        curve: list[dict[str, Any]] = []
 
+        def step_loss(_: int) -> tuple[Tensor, dict[str, float]]:
+            picked = [thoughts[i] for i in torch.randint(len(thoughts), (config.batch,), generator=draw).tolist()]
+            heads.eval()  # what steers is read as in serving
+            batch = collate(picked, pad, lm.device)
+            out = guided(lm, heads, steerer, batch, noise)
+            parts = lm_losses(lm, out, batch, picked, pad, config)
+            gauges.update(telemetry(out.vectors, out.steer.seen))
+            heads.train()
+            at = [torch.randint(max(n, 1), (config.head_batch * (n > 0),), generator=draw) for n in rows.sizes()]
+            parts |= head_losses(heads, rows, at)[0]
+            return objectives.weighted(parts, config.weights, head_weights, _Fixed(l0=config.l0))
 
-def _fit(
-    lm: LM,
-    heads: MetacogHeads,
-    steerer: Steerer,
-    adapted: Adapted,
-    thoughts: Sequence[Thought],
-    rows: HeadRows,
-    config: PhaseConfig,
-    head_weights: LossWeights,
-    pad: int,
-    name: str,
-    on_step: Callable[[int, dict[str, Any]], bool | None] | None,
-) -> dict[str, Any]:
-    """`fit_phase` with everything in one place."""
-    average = _average(config, steerer, heads, lm.module)
-    draw, noise = torch_generator("phase-rows", name), torch_generator("phase-gates", name)
-    gauges: dict[str, float] = {}  # of gate and adapters at the last step
-    curve: list[dict[str, Any]] = []
+        def watch(step: int, row: dict[str, Any]) -> bool | None:
+            if average is not None:
+                average.update()
+            row = {**row, **gauges}
+            if step % max(1, config.steps // CURVE_POINTS) == 0 or step == config.steps:
+                row |= heads_fit.named(heads_fit.gauges(heads, rows, 256))
+                curve.append({"step": step, **row})
+            return None if on_step is None else on_step(step, row)
 
-    def step_loss(_: int) -> tuple[Tensor, dict[str, float]]:
-        picked = [thoughts[i] for i in torch.randint(len(thoughts), (config.batch,), generator=draw).tolist()]
-        heads.eval()  # what steers is read as in serving
-        batch = collate(picked, pad, lm.device)
-        out = guided(lm, heads, steerer, batch, noise)
-        parts = lm_losses(lm, out, batch, picked, pad, config)
-        gauges.update(telemetry(out.vectors, out.steer.seen))
-        heads.train()
-        at = [torch.randint(max(n, 1), (config.head_batch * (n > 0),), generator=draw) for n in rows.sizes()]
-        parts |= head_losses(heads, rows, at)[0]
-        return objectives.weighted(parts, config.weights, head_weights, _Fixed(l0=config.l0))
-
-    def watch(step: int, row: dict[str, Any]) -> bool | None:
+        groups = _groups(steerer, heads, adapted, config)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+        steerer.train()
+        adapted.learning(True)
+        result = fit(each(step_loss), [optimizer], config.steps, schedule=warm_cosine(0.05), clip=1.0, on_step=watch)
         if average is not None:
-            average.update()
-        row = {**row, **gauges}
-        if step % max(1, config.steps // CURVE_POINTS) == 0 or step == config.steps:
-            row |= heads_fit.named(heads_fit.gauges(heads, rows, 256))
-            curve.append({"step": step, **row})
-        return None if on_step is None else on_step(step, row)
+            _take(average, [p for g in groups for p in g["params"]])
+        heads.eval()
+        steerer.eval()
+        adapted.learning(False)
+        return {**result, "telemetry": gauges | heads_fit.named(heads_fit.gauges(heads, rows)), "curve": curve}
 
-    groups = [
+
+def _groups(steerer: Steerer, heads: MetacogHeads, adapted: Adapted, config: PhaseConfig) -> list[dict[str, Any]]:
+    """Parameter groups of the optimiser, each with its rate."""
+    return [
         {"params": list(steerer.parameters()), "lr": config.lr, "name": "steerer"},
         {"params": [p for p in heads.parameters() if p.requires_grad], "lr": config.heads_lr, "name": "heads"},
         *adapted.groups(config.lr),
     ]
-    steerer.train()
-    adapted.learning(True)
-    result = fit(
-        each(step_loss), [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)], config.steps,
-        schedule=warm_cosine(0.05), clip=1.0,
-        on_step=watch,
-    )  # fmt: skip
-    if average is not None:
-        _take(average, [p for g in groups for p in g["params"]])
-    heads.eval()
-    steerer.eval()
-    adapted.learning(False)
-    return {**result, "telemetry": gauges | heads_fit.named(heads_fit.gauges(heads, rows)), "curve": curve}
 
 
 def _average(config: PhaseConfig, *modules: nn.Module) -> Ema | None:
